@@ -1,0 +1,67 @@
+# Every target sets up what it needs in .venv; nothing has to be run before it.
+#
+#   make demo      the main job on the embedded model: prints text and a table
+#   make test      the whole test suite
+#   make check     formatting, lint, types, tests
+#
+#   make PYTHON=/path/to/python3.13 test     uses that interpreter (3.12 to 3.14)
+#   make EXTRAS=dev,cuda13 test              with the CUDA 13 build of jax
+
+EXTRAS = dev
+PYTEST_ARGS =
+# A process for each core, four at most; the tests of one file stay together and share its fixtures.
+PARALLEL = -n auto --maxprocesses 4 --dist loadfile
+# A PYTHON from the environment is only one more candidate; one from the command line binds.
+BOUND_PYTHON := $(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON))
+PY := .venv/bin/python
+# One stamp for each choice made on the command line; .ready is the one of plain `make`.
+CHOICE := $(subst /,_,$(BOUND_PYTHON))$(if $(filter-out dev,$(EXTRAS)),+$(EXTRAS))
+READY := .venv/.ready$(CHOICE)
+SOURCES := jaxpaged models pallas_kernels serve tests benchmarks notebooks scripts setup.py
+CHECKED = $(wildcard $(SOURCES))
+
+.PHONY: demo test check lint format format-check typecheck bench notebook venv clean distclean help
+
+help:
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
+
+venv: $(READY)
+
+$(READY): pyproject.toml setup.py
+	@sh scripts/setup_venv.sh "$(EXTRAS)" $(if $(BOUND_PYTHON),"$(BOUND_PYTHON)")
+	@touch .venv/.ready $@
+
+demo: $(READY)
+	@$(PY) -m jaxpaged.serve demo
+
+test: $(READY)
+	$(PY) -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
+check: format-check lint typecheck test
+
+lint: $(READY)
+	$(PY) -m ruff check $(CHECKED)
+
+format: $(READY)
+	$(PY) -m ruff format $(CHECKED)
+	$(PY) -m ruff check --fix $(CHECKED)
+
+format-check: $(READY)
+	$(PY) -m ruff format --check $(CHECKED)
+
+typecheck: $(READY)
+	$(PY) scripts/typecheck.py
+
+bench: $(READY)
+	$(PY) benchmarks/run.py
+
+notebook: $(READY)
+	$(PY) -m jupytext --sync notebooks/*.py
+	$(PY) -m pytest --overwrite notebooks
+
+clean:
+	rm -rf build dist *.egg-info .cache .typecheck .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -not -path './.uv/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .uv

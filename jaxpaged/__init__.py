@@ -1,0 +1,39 @@
+"""jaxpaged: paged-KV inference for the JAX stack."""
+
+from typing import TYPE_CHECKING
+
+from jaxpaged.models.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from jaxpaged.engine import Engine
+    from jaxpaged.outputs import CompletionOutput, EngineStats, Logprob, RequestOutput
+    from jaxpaged.pallas_kernels import AttentionVariant
+    from jaxpaged.sampling_params import RequestOutputKind, SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionVariant",
+    "CompletionOutput",
+    "Engine",
+    "EngineStats",
+    "Logprob",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+]
+
+# A program that only wants SamplingParams should not wait for jax.
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "AttentionVariant": "jaxpaged.pallas_kernels",
+        "CompletionOutput": "jaxpaged.outputs",
+        "Engine": "jaxpaged.engine",
+        "EngineStats": "jaxpaged.outputs",
+        "Logprob": "jaxpaged.outputs",
+        "RequestOutput": "jaxpaged.outputs",
+        "RequestOutputKind": "jaxpaged.sampling_params",
+        "SamplingParams": "jaxpaged.sampling_params",
+    },
+)

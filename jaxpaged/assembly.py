@@ -1,0 +1,128 @@
+"""From the constructor's arguments to the parts of an engine, everything checked before weights are read."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpaged.batch import BatchBuilder
+from jaxpaged.block_space import BlockSpace
+from jaxpaged.config import EngineConfig
+from jaxpaged.core import EngineCore
+from jaxpaged.errors import InvalidRequestError
+from jaxpaged.memory import num_blocks_for, step_bytes, tree_bytes
+from jaxpaged.models import Decoder, ModelConfig, flat_parameters, load_config, load_model, split_parameters
+from jaxpaged.pallas_kernels import AttentionVariant, KVPool
+from jaxpaged.pallas_kernels.paged_attention.api import IMPLEMENTATIONS
+from jaxpaged.program import DeviceState, Programs
+from jaxpaged.runner import Runner
+from jaxpaged.sampler import init_sampler_state
+from jaxpaged.scheduler import Scheduler
+from jaxpaged.tokenizer import Tokenizer
+
+
+def check_types(model: object, params: object, tokenizer: object, variant: object, folder: object) -> None:
+    """What the constructor takes as objects; ``EngineConfig`` checks the numbers and switches."""
+    if not isinstance(model, str | os.PathLike | Decoder) or model == "":
+        raise InvalidRequestError("model", model, "must be the folder of a checkpoint, or a Decoder")
+    if params is not None and not isinstance(model, Decoder):
+        raise InvalidRequestError("params", type(params), "go with a Decoder, not with a checkpoint folder")
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise InvalidRequestError("tokenizer", tokenizer, "must be a Tokenizer")
+    if variant is not None and not isinstance(variant, AttentionVariant):
+        raise InvalidRequestError("variant", variant, "must be an AttentionVariant")
+    if folder is not None and not isinstance(folder, str | os.PathLike):
+        raise InvalidRequestError("compilation_cache_dir", folder, "must be a path")
+
+
+def with_weights(model: Decoder, params: Any) -> Decoder:
+    """The decoder over ``params``, or over its own weights; missing, foreign and misshapen ones are found here."""
+    own, merge = split_parameters(model)
+    given = own if params is None else flat_parameters(params)
+    for name in sorted(own.keys() ^ given.keys()):
+        reason = "is missing" if name in own else "is not a parameter of this model"
+        raise InvalidRequestError("params", name, reason)
+    for name, array in given.items():
+        if not isinstance(array, jax.Array | np.ndarray) or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise InvalidRequestError("params", f"{name}: {type(array).__name__}", "must be a float array")
+        if array.shape != own[name].shape:
+            raise InvalidRequestError("params", f"{name}: {array.shape}", f"must be {own[name].shape}")
+    return model if params is None else merge({name: jnp.asarray(array) for name, array in given.items()})
+
+
+def resolve(
+    model: str | os.PathLike[str] | Decoder, arguments: dict[str, Any], device: Any
+) -> tuple[ModelConfig, EngineConfig, Decoder]:
+    """Configuration of model and engine, and the model."""
+    model_config = model.config if isinstance(model, Decoder) else load_config(Path(model))
+    if isinstance(model, Decoder):
+        own = str(jnp.dtype(model.dtype))
+        if (asked := arguments.get("dtype")) not in (None, own):
+            raise InvalidRequestError("dtype", asked, f"the Decoder was made for {own}")
+        arguments = arguments | {"dtype": own}
+    config = EngineConfig.resolve(
+        arguments, platform=device.platform, max_position_embeddings=model_config.max_position_embeddings
+    )
+    if config.attention is not None and config.attention not in list(IMPLEMENTATIONS):
+        known = ", ".join(sorted(IMPLEMENTATIONS))
+        raise InvalidRequestError("attention", config.attention, f"must be None or one of {known}")
+    if not isinstance(model, Decoder):
+        model = load_model(Path(model), dtype=jnp.dtype(config.dtype))
+    return model_config, config, model
+
+
+def assemble(
+    model: Decoder, config: EngineConfig, variant: AttentionVariant | None, device: Any
+) -> tuple[EngineCore, int]:
+    """Sizes the pool and puts the parts together; returns the core and the number of blocks."""
+    shape = model.config
+    weights, merge = split_parameters(model)
+    spec, operands = (variant or AttentionVariant()).split()
+    functions = Programs(
+        merge,
+        spec if variant is not None else None,
+        config.attention,
+        min(config.max_logprobs, shape.vocab_size),
+        config.logprobs_mode,
+    )
+    new_state = partial(_new_state, shape, config)
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        reserved = (
+            0 if device.platform == "cpu" else step_bytes(functions, weights, operands, config, new_state)
+        )
+        num_blocks = num_blocks_for(shape, config, device, tree_bytes(weights), reserved)
+    builder = BatchBuilder(
+        buckets=config.buckets,
+        max_num_seqs=config.max_num_seqs,
+        table_width=config.table_width,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        num_scheduler_steps=config.num_scheduler_steps,
+    )
+    runner = Runner(functions, weights, operands, builder, partial(new_state, num_blocks))
+    space = BlockSpace(num_blocks, config.block_size, config.enable_prefix_caching)
+    scheduler = Scheduler(
+        space,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        watermark=config.watermark,
+        num_scheduler_steps=config.num_scheduler_steps,
+    )
+    return EngineCore(scheduler, builder, runner, vocab_size=shape.vocab_size), num_blocks
+
+
+def _new_state(shape: ModelConfig, config: EngineConfig, num_blocks: int) -> DeviceState:
+    pool = KVPool.zeros(
+        num_layers=shape.num_layers,
+        num_blocks=num_blocks,
+        num_kv_heads=shape.num_kv_heads,
+        block_size=config.block_size,
+        head_dim=shape.head_dim,
+        dtype=jnp.dtype(config.dtype),
+    )
+    return DeviceState(pool, init_sampler_state(config.max_num_seqs + 1, shape.vocab_size))

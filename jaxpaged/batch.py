@@ -1,0 +1,275 @@
+"""From a scheduled step to the arrays of its bucket: the only place that pads.
+
+All integers of a step travel in one int32 buffer (the floats of sampling by their bits), because on every
+backend a transfer costs more than its bytes. ``PackedLayout`` says where what lies; the host writes through it
+and the compiled program reads through it.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+
+from jaxpaged.buckets import bucket_for, programs_of, rows_of
+from jaxpaged.pallas_kernels import AttentionBatch
+from jaxpaged.request import Request
+from jaxpaged.sampler import SamplingBatch
+from jaxpaged.sampling_rows import SamplingTable
+from jaxpaged.scheduler import ScheduledStep
+
+NUM_FLOATS, NUM_INTS = 6, 4  # columns of SamplingBatch
+PROMPT_LOGPROBS = 1  # bit of the step's own flag word
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Places of the fields of one bucket in the buffer: T tokens, B rows, block tables M wide."""
+
+    num_tokens: int
+    num_rows: int
+    table_width: int
+
+    def fields(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes, in order."""
+        t, b, m = self.num_tokens, self.num_rows, self.table_width
+        return [
+            ("token_ids", (t,)),
+            ("positions", (t,)),
+            ("rows", (t,)),
+            ("slots", (t,)),
+            ("next_token_ids", (t,)),
+            ("query_start_loc", (b + 1,)),
+            ("seq_lens", (b,)),
+            ("sample_at", (b,)),
+            ("state_rows", (b,)),
+            ("ints", (b, NUM_INTS)),
+            ("floats", (b, NUM_FLOATS)),
+            ("flags", (2,)),
+            ("block_tables", (b, m)),
+        ]
+
+    @cached_property
+    def spans(self) -> list[tuple[str, int, int, tuple[int, ...]]]:
+        """Name, begin, end and shape of each field."""
+        spans, at = [], 0
+        for name, shape in self.fields():
+            spans.append((name, at, at + math.prod(shape), shape))
+            at += math.prod(shape)
+        return spans
+
+    @property
+    def size(self) -> int:
+        """Length of the buffer."""
+        return self.spans[-1][2]
+
+    def views(self, buffer: Any) -> dict[str, Any]:
+        """Each field as a reshaped slice of a numpy buffer (a view) or of a traced array."""
+        return {name: buffer[begin:end].reshape(shape) for name, begin, end, shape in self.spans}
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What the program of a bucket works on, unpacked on the device."""
+
+    token_ids: jax.Array  # int32 [T]
+    next_token_ids: jax.Array  # int32 [T], the token that follows in the prompt, for prompt log-probabilities
+    sample_at: jax.Array  # int32 [B], index of the token whose logits each row samples from
+    attention: AttentionBatch
+    sampling: SamplingBatch
+    wants_prompt_logprobs: jax.Array  # bool []
+
+
+def unpack(buffer: jax.Array, layout: PackedLayout) -> StepInputs:
+    """The fields of a packed buffer; runs inside the compiled program."""
+    f = layout.views(buffer)
+    attention = AttentionBatch(
+        f["block_tables"], f["seq_lens"], f["query_start_loc"], f["rows"], f["positions"], f["slots"]
+    )
+    floats = lax.bitcast_convert_type(f["floats"], np.float32)
+    sampling = SamplingBatch(f["state_rows"], floats, f["ints"], f["flags"][0])
+    return StepInputs(
+        f["token_ids"],
+        f["next_token_ids"],
+        f["sample_at"],
+        attention,
+        sampling,
+        f["flags"][1] & PROMPT_LOGPROBS != 0,
+    )
+
+
+class _Decoding:
+    """A buffer of nothing but decode rows, kept because the next step often has the same rows, one token later."""
+
+    def __init__(
+        self, requests: list[Request], engine_rows: np.ndarray, bucket: int, buffer: np.ndarray, version: int,
+        fields: dict[str, np.ndarray],
+    ) -> None:  # fmt: skip
+        count = len(requests)
+        self.requests, self.engine_rows, self.version = requests, engine_rows, version
+        self.result = bucket, buffer
+        names = ("token_ids", "positions", "slots", "seq_lens", "block_tables")
+        self.fields = {name: fields[name][:count] for name in names}
+        self.sample_positions = fields["ints"][:count, 3]
+        self.index = np.arange(count)
+        self.num_prompt_tokens = np.array([request.num_prompt_tokens for request in requests], np.int32)
+
+
+class BatchBuilder:
+    """Builds the packed buffer of a step.
+
+    It keeps the block tables of running requests as lines of one array, by engine row, and copies only the
+    block ids that are new since the last step. A buffer is good until the next ``build``: a step of the same
+    decode rows as the one before is written over it. XLA may read it where it lies, so a step must have finished
+    before the next one is built; whoever overlaps the two needs a second buffer.
+    """
+
+    def __init__(
+        self,
+        *,
+        buckets: tuple[int, ...],
+        max_num_seqs: int,
+        table_width: int,
+        block_size: int,
+        num_blocks: int,
+        num_scheduler_steps: int = 1,
+    ) -> None:
+        self.buckets = buckets
+        self.programs = programs_of(buckets, max_num_seqs, num_scheduler_steps)
+        self.max_num_seqs = max_num_seqs
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self.sampling = SamplingTable(max_num_seqs + 1)
+        self._tables = np.zeros((max_num_seqs + 1, table_width), np.int32)
+        self._written = [0] * (max_num_seqs + 1)  # ids of a line that are up to date
+        self._last: _Decoding | None = None
+        self._layouts = {b: PackedLayout(b, rows_of(b, max_num_seqs), table_width) for b in buckets}
+
+    def layout(self, bucket: int) -> PackedLayout:
+        """The layout of a bucket."""
+        return self._layouts[bucket]
+
+    def clear_row(self, row: int) -> None:
+        """A row changes hands: its line is written anew, and zero beyond the new owner's blocks."""
+        self._tables[row] = 0
+        self._written[row] = 0
+        self.sampling.clear(row)
+
+    def rewrite_row(self, row: int) -> None:
+        """Blocks in the middle of a row's table changed (copy on write)."""
+        self._written[row] = 0
+
+    def _sync_table(self, row: int, ids: list[int]) -> None:
+        new = ids[self._written[row] :]
+        # JAX clamps or drops an index that is out of range without a word; here it still can be seen.
+        if not all(0 < block < self.num_blocks for block in new):
+            raise ValueError(f"block ids {new} of row {row} are not all in [1, {self.num_blocks - 1}]")
+        self._tables[row, self._written[row] : len(ids)] = new
+        self._written[row] = len(ids)
+
+    def build(self, step: ScheduledStep) -> tuple[int, np.ndarray]:
+        """The bucket of a step and its packed buffer."""
+        last = self._last
+        if last is not None and self._is_next(step, last):
+            return self._build_next(last)
+        bucket = bucket_for(step.num_tokens, self.buckets)
+        layout = self._layouts[bucket]
+        buffer = np.zeros(layout.size, np.int32)
+        f = layout.views(buffer)
+        requests = [request for request, _ in step.rows]
+        num_rows = len(requests)
+        for request in requests:
+            if len(request.table.ids) != self._written[request.row]:
+                self._sync_table(request.row, request.table.ids)
+        engine_rows = np.array([request.row for request in requests], np.int32)
+        computed = np.array([request.num_computed_tokens for request in requests], np.int32)
+        behind = np.array([len(request.token_ids) for request in requests], np.int32) - computed
+        counts = np.array([count for _, count in step.rows], np.int32)
+        self._fill_tokens(step, f, computed, counts)
+        f["seq_lens"][:num_rows] = computed + counts
+        f["block_tables"][:num_rows] = self._tables[engine_rows]
+        rows, positions = f["rows"][: step.num_tokens], f["positions"][: step.num_tokens]
+        blocks = f["block_tables"][rows, positions // self.block_size]
+        f["slots"][: step.num_tokens] = blocks * self.block_size + positions % self.block_size
+        # Rows that do not sample in this step, and padding, are those of the dummy row.
+        sampled_rows, outputs = np.zeros((2, layout.num_rows), np.int32)
+        sampled_rows[:num_rows] = np.where(counts == behind, engine_rows, 0)
+        outputs[:num_rows] = [len(request.token_ids) - request.num_prompt_tokens for request in requests]
+        sampling = self.sampling.batch(sampled_rows, outputs)
+        f["state_rows"][:] = sampling.rows
+        f["ints"][:] = sampling.ints
+        f["floats"][:] = sampling.floats.view(np.int32)
+        f["flags"][0] = sampling.flags
+        if any(request.needs_all_logits for request in requests):
+            f["flags"][1] = PROMPT_LOGPROBS
+            self._fill_next_tokens(step, f["next_token_ids"])
+        self._last = None
+        if (counts == 1).all() and (behind == 1).all() and not f["flags"][1]:
+            self._last = _Decoding(requests, engine_rows, bucket, buffer, self.sampling.version, f)
+        return bucket, buffer
+
+    def _is_next(self, step: ScheduledStep, last: _Decoding) -> bool:
+        """Whether a step has the decode rows of the last one, with the same sampling parameters."""
+        if len(step.rows) != len(last.requests) or step.num_tokens != len(step.rows):
+            return False
+        return last.version == self.sampling.version and all(
+            request is other and len(request.token_ids) == request.num_computed_tokens + 1
+            for (request, _), other in zip(step.rows, last.requests, strict=True)
+        )
+
+    def _build_next(self, last: _Decoding) -> tuple[int, np.ndarray]:
+        """What differs between two steps of the same decode rows, written over the last buffer."""
+        requests, f = last.requests, last.fields
+        is_new_block = False
+        for request in requests:
+            if len(request.table.ids) != self._written[request.row]:
+                self._sync_table(request.row, request.table.ids)
+                is_new_block = True
+        if is_new_block:
+            f["block_tables"][:] = self._tables[last.engine_rows]
+        positions = f["positions"]
+        positions[:] = [request.num_computed_tokens for request in requests]
+        f["token_ids"][:] = [request.token_ids[-1] for request in requests]
+        blocks = f["block_tables"][last.index, positions // self.block_size]
+        f["slots"][:] = blocks * self.block_size + positions % self.block_size
+        f["seq_lens"][:] = positions + 1
+        last.sample_positions[:] = positions + 1 - last.num_prompt_tokens
+        return last.result
+
+    @staticmethod
+    def _fill_tokens(
+        step: ScheduledStep, f: dict[str, np.ndarray], computed: np.ndarray, counts: np.ndarray
+    ) -> None:
+        """Token ids, positions, rows and where each row begins and samples."""
+        num_rows, num_tokens = len(counts), step.num_tokens
+        ends = np.cumsum(counts, dtype=np.int32)
+        if num_rows == num_tokens:
+            tokens = [request.token_ids[request.num_computed_tokens] for request, _ in step.rows]
+            f["rows"][:num_tokens] = np.arange(num_rows)
+            f["positions"][:num_tokens] = computed
+        else:
+            tokens = []
+            for request, count in step.rows:
+                done = request.num_computed_tokens
+                tokens += request.token_ids[done : done + count]
+            rows = np.repeat(np.arange(num_rows, dtype=np.int32), counts)
+            f["rows"][:num_tokens] = rows
+            f["positions"][:num_tokens] = (
+                np.arange(num_tokens, dtype=np.int32) + (computed + counts - ends)[rows]
+            )
+        f["token_ids"][:num_tokens] = tokens
+        f["query_start_loc"][1 : num_rows + 1] = ends
+        f["query_start_loc"][num_rows + 1 :] = num_tokens
+        f["sample_at"][:num_rows] = ends - 1
+
+    @staticmethod
+    def _fill_next_tokens(step: ScheduledStep, out: np.ndarray) -> None:
+        at = 0
+        for request, count in step.rows:
+            first = request.num_computed_tokens + 1
+            following = request.token_ids[first : first + count]
+            out[at : at + len(following)] = following
+            at += count

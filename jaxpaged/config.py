@@ -1,0 +1,141 @@
+"""What an engine is built with: sizes and switches, checked before anything is allocated."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from jaxpaged.buckets import token_buckets
+from jaxpaged.errors import InvalidRequestError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The engine's sizes, all resolved. Defaults that depend on device and model are filled in by ``resolve``.
+
+    Names are vLLM's where vLLM has them. Raises InvalidRequestError (a ValueError) naming argument and value.
+
+    Attributes:
+      dtype: of weights, activations and the KV pool.
+      max_model_len: prompt and output tokens of one sequence.
+      block_size: tokens a block.
+      num_blocks: blocks of the pool, the dummy included; None sizes it by the memory there is.
+      gpu_memory_utilization: share of the device's memory that weights, activations and pool may take together.
+      max_num_seqs: sequences of one step.
+      max_num_batched_tokens: tokens of one step.
+      enable_prefix_caching: whether full blocks are found again by later requests.
+      attention: implementation of paged attention; None takes the best for the device.
+      seed: of requests that bring none.
+      warmup: compile all buckets before the constructor returns, and forbid compiling afterwards.
+      max_logprobs: most likely tokens that a request may ask for.
+      logprobs_mode: log-probabilities of the model's own logits or of what is left after the processors.
+      num_scheduler_steps: decode steps that run in one program while a few rows do nothing else; their tokens
+        come together. 1 turns it off.
+      watermark: share of the blocks that a new request must leave free.
+    """
+
+    dtype: str
+    max_model_len: int
+    block_size: int = 16
+    num_blocks: int | None = None
+    gpu_memory_utilization: float = 0.9
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    enable_prefix_caching: bool = True
+    attention: str | None = None
+    seed: int = 0
+    warmup: bool = False
+    max_logprobs: int = 20
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
+    num_scheduler_steps: int = 1
+    watermark: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InvalidRequestError("dtype", self.dtype, f"must be one of {', '.join(DTYPES)}")
+        for name, low in (
+            ("max_model_len", 1),
+            ("block_size", 1),
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
+            ("max_logprobs", 1),
+            ("num_scheduler_steps", 1),
+        ):
+            _check_int(name, getattr(self, name), low)
+        if self.num_blocks is not None:
+            _check_int("num_blocks", self.num_blocks, 2)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise InvalidRequestError(
+                "max_num_batched_tokens",
+                self.max_num_batched_tokens,
+                f"must be at least max_num_seqs={self.max_num_seqs}: every sequence needs a token a step",
+            )
+        _check_share("gpu_memory_utilization", self.gpu_memory_utilization)
+        _check_share("watermark", self.watermark, zero=True)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise InvalidRequestError("seed", self.seed, "must be an integer")
+        for name in ("enable_prefix_caching", "warmup"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(name, getattr(self, name), "must be True or False")
+        if self.logprobs_mode not in ("raw_logprobs", "processed_logprobs"):
+            raise InvalidRequestError(
+                "logprobs_mode", self.logprobs_mode, "must be 'raw_logprobs' or 'processed_logprobs'"
+            )
+
+    @classmethod
+    def resolve(
+        cls, arguments: dict[str, Any], *, platform: str, max_position_embeddings: int
+    ) -> "EngineConfig":
+        """Fills in what was None: a CPU gets smaller steps and float32, in which it is fastest."""
+        known = {field.name for field in fields(cls)}
+        for name, value in arguments.items():
+            if name not in known:
+                raise InvalidRequestError(name, value, "is not an argument of the engine")
+        on_cpu = platform == "cpu"
+        defaults: dict[str, Any] = {
+            "dtype": "float32" if on_cpu else "bfloat16",
+            "max_model_len": max_position_embeddings,
+            "max_num_seqs": 64 if on_cpu else 256,
+            "max_num_batched_tokens": 1024 if on_cpu else 8192,
+            # On a CPU the host's work and the device's share the cores, so nothing hides it.
+            "num_scheduler_steps": 8 if on_cpu else 1,
+        }
+        given = {name: value for name, value in arguments.items() if value is not None}
+        if isinstance(given.get("max_num_seqs"), int) and "max_num_batched_tokens" not in given:
+            defaults["max_num_batched_tokens"] = max(
+                defaults["max_num_batched_tokens"], given["max_num_seqs"]
+            )
+        if isinstance(given.get("max_num_batched_tokens"), int) and "max_num_seqs" not in given:
+            defaults["max_num_seqs"] = max(1, min(defaults["max_num_seqs"], given["max_num_batched_tokens"]))
+        config = cls(**(defaults | given))
+        if config.max_model_len > max_position_embeddings:
+            raise InvalidRequestError(
+                "max_model_len",
+                config.max_model_len,
+                f"the model has positions up to max_position_embeddings={max_position_embeddings} only",
+            )
+        return config
+
+    @property
+    def table_width(self) -> int:
+        """Entries of a block table: M."""
+        return -(-self.max_model_len // self.block_size)
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Token counts that have a compiled program."""
+        return token_buckets(self.max_num_batched_tokens, self.max_num_seqs)
+
+
+def _check_int(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise InvalidRequestError(name, value, f"must be an integer of at least {low}")
+
+
+def _check_share(name: str, value: object, *, zero: bool = False) -> None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or not (0 < float(value) <= 1 or (zero and value == 0)):  # type: ignore[arg-type]
+        raise InvalidRequestError(
+            name, value, "must be a share in (0, 1]" if not zero else "must be in [0, 1]"
+        )

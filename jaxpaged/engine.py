@@ -1,0 +1,337 @@
+"""The engine as users hold it: ``generate``, ``stream``, ``add_request`` / ``step`` / ``abort_request``."""
+
+import itertools
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+from tqdm import tqdm
+
+from jaxpaged.assembly import assemble, check_types, resolve, with_weights
+from jaxpaged.core import EngineCore
+from jaxpaged.errors import EngineClosedError, InvalidRequestError
+from jaxpaged.generation import Generation
+from jaxpaged.intake import Intake, Prompt, is_one_prompt
+from jaxpaged.models import Decoder
+from jaxpaged.outputs import EngineStats, RequestOutput
+from jaxpaged.pallas_kernels import AttentionVariant
+from jaxpaged.sampling_params import RequestOutputKind, SamplingParams
+from jaxpaged.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Paged-KV inference of one model on one device.
+
+    ::
+
+        with Engine("path/to/hf-checkpoint") as engine:
+            for out in engine.generate(["def main("], SamplingParams(max_tokens=64, temperature=0.0)):
+                print(out.outputs[0].text)
+
+    Args:
+      model: folder of a Hugging Face checkpoint, or a ``Decoder``.
+      params: weights for a given ``Decoder``: its ``nnx.State`` or the pure dict of it. They are not copied.
+      tokenizer: a ``Tokenizer``, or None to take the checkpoint's (a ``Decoder`` then works on token ids).
+      variant: attention variant laid over the model's own: its fields that are not None win.
+      compilation_cache_dir: where XLA keeps compiled programs from one process to the next; None leaves
+        JAX's configuration alone.
+      **arguments: fields of ``EngineConfig``: ``dtype``, ``max_model_len``, ``block_size``, ``num_blocks``,
+        ``gpu_memory_utilization``, ``max_num_seqs``, ``max_num_batched_tokens``, ``num_scheduler_steps``,
+        ``enable_prefix_caching``, ``attention``, ``seed``, ``warmup``, ``max_logprobs``, ``logprobs_mode``.
+        Names as in vLLM.
+
+    An engine belongs to one thread.
+
+    Raises:
+      ValueError: a wrong argument or checkpoint; the message names it and its value.
+      MemoryError: the KV pool would not hold one sequence of ``max_model_len``.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Decoder,
+        params: Any = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        variant: AttentionVariant | None = None,
+        compilation_cache_dir: str | os.PathLike[str] | None = None,
+        **arguments: Any,
+    ) -> None:
+        self._core: EngineCore | None = None
+        self._pending: list[RequestOutput] = []  # outputs for the next step()
+        self._inboxes: dict[str, list[RequestOutput]] = {}  # those that generate() or stream() waits for
+        self._ids = itertools.count()
+        device = jax.local_devices()[0]
+        check_types(model, params, tokenizer, variant, compilation_cache_dir)
+        if compilation_cache_dir is not None:
+            keep_compiled_programs(compilation_cache_dir)
+        folder = None if isinstance(model, Decoder) else Path(model)
+        self.model_config, self.config, model = resolve(model, arguments, device)
+        if folder is None:
+            model = with_weights(model, params)
+        if tokenizer is None and folder is not None:
+            tokenizer = Tokenizer.from_path(folder)
+        self.tokenizer = tokenizer
+        self._core, num_blocks = assemble(model, self.config, variant, device)
+        self._intake = Intake(
+            self.config,
+            vocab_size=self.model_config.vocab_size,
+            eos_token_ids=_eos_token_ids(self.model_config.eos_token_ids, tokenizer),
+            tokenizer=tokenizer,
+            num_usable_blocks=num_blocks - 1,
+        )
+        if self.config.warmup:
+            self.warm_up()
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **arguments: Any) -> Self:
+        """The engine of a checkpoint folder; the same as ``Engine(path, ...)``."""
+        return cls(path, **arguments)
+
+    def warm_up(self) -> None:
+        """Compiles every bucket now; from then on a shape without a program is a ``RecompileError``."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._live.runner.warm_up(max_workers=cores)
+
+    @property
+    def _live(self) -> EngineCore:
+        if self._core is None:
+            raise EngineClosedError("this engine was closed; make a new one")
+        return self._core
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        cache_salt: str | None = None,
+    ) -> None:
+        """Queues a request; ``step`` returns its outputs.
+
+        Args:
+          request_id: unique among live requests.
+          prompt: text, token ids, or a mapping with ``"prompt"`` or ``"prompt_token_ids"``.
+          params: None for the defaults.
+          cache_salt: requests with different salts share no cached prefix.
+
+        Raises:
+          InvalidRequestError: something is wrong with the request; nothing has changed.
+        """
+        self._admit(
+            self._intake.generation(
+                request_id, prompt, SamplingParams() if params is None else params, cache_salt
+            )
+        )
+
+    def _admit(self, generation: Generation) -> None:
+        self._live.add(generation)
+        self._intake.draw_seeds(generation)
+
+    def step(self) -> list[RequestOutput]:
+        """Runs one step over all requests and returns what is new, at most one output a request.
+
+        What a live ``stream`` waits for goes there instead.
+        """
+        core = self._live
+        if not self._pending:
+            self._deliver(core.step())
+        pending, self._pending = self._pending, []
+        return pending
+
+    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
+        """Puts each output where it is waited for, so that nobody loses one by somebody else's step."""
+        for output in outputs:
+            find = self._inboxes.pop if output.finished else self._inboxes.get
+            inbox = find(output.request_id, None)
+            (self._pending if inbox is None else inbox).append(output)
+
+    def abort_request(self, request_id: str) -> None:
+        """Ends a request; its last output, with finish reason "abort", comes next from ``step`` or its stream.
+
+        Raises:
+          UnknownRequestError: no live request has this id.
+        """
+        output = self._live.abort(request_id)
+        if output is not None:
+            self._deliver([output])
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether another ``step`` has anything to do or to return."""
+        return bool(self._pending) or self._live.scheduler.has_unfinished
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Completes prompts, all of them together, and returns their outputs in the same order.
+
+        Args:
+          prompts: one prompt or a sequence of them (text, token ids, or mappings as in ``add_request``).
+          sampling_params: one for all, or one each; None for the defaults.
+          use_tqdm: show a progress bar.
+
+        Raises:
+          InvalidRequestError: a prompt or parameter is wrong; then none of them has begun.
+          Exception: what ended one of the requests, if a step failed; the others are aborted.
+        """
+        core = self._live
+        listed = _listed_prompts(prompts)
+        every = _one_each(sampling_params, len(listed))
+        generations = [
+            self._intake.generation(
+                self._new_id(), prompt, params.clone(output_kind=RequestOutputKind.FINAL_ONLY)
+            )
+            for prompt, params in zip(listed, every, strict=True)
+        ]
+        done: dict[str, RequestOutput] = {}
+        inbox: list[RequestOutput] = []
+        bar = tqdm(total=len(listed), desc="generate", unit="request", disable=not use_tqdm)
+        try:
+            for generation in generations:
+                self._admit(generation)
+                self._inboxes[generation.request_id] = inbox
+            while len(done) < len(generations):
+                self._deliver(core.step())
+                for output in inbox:
+                    if output.error is not None:
+                        raise output.error
+                    done[output.request_id] = output
+                    bar.update()
+                inbox.clear()
+        finally:
+            bar.close()
+            for generation in generations:
+                self._drop(generation)
+        return [done[generation.request_id] for generation in generations]
+
+    def _drop(self, generation: Generation) -> None:
+        """Nobody waits for a request any more: ends it if it still runs."""
+        if self._core is not None and self._core.generations.get(generation.request_id) is generation:
+            self._inboxes.pop(generation.request_id, None)
+            self._core.abort(generation.request_id)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> Iterator[RequestOutput]:
+        """Completes one prompt and yields an output for every step that brings something new.
+
+        Outputs hold what is new (``output_kind`` DELTA) unless the parameters ask for another kind. Dropping the
+        iterator aborts the request. The prompt is checked before this returns.
+
+        Raises:
+          InvalidRequestError: the prompt or a parameter is wrong.
+        """
+        (params,) = _one_each(sampling_params, 1)
+        if params.output_kind is RequestOutputKind.CUMULATIVE:
+            params = params.clone(output_kind=RequestOutputKind.DELTA)
+        name = self._new_id() if request_id is None else request_id
+        generation = self._intake.generation(name, prompt, params)
+        stream = self._stream(generation)
+        next(stream)  # begun, so that dropping it ends the request even if nobody ever asks for an output
+        return stream
+
+    def _stream(self, generation: Generation) -> Iterator[Any]:
+        """None once the request is admitted, then its outputs."""
+        name, inbox = generation.request_id, []  # type: str, list[RequestOutput]
+        self._admit(generation)
+        self._inboxes[name] = inbox
+        try:
+            yield None
+            while inbox or self._live.generations.get(name) is generation:
+                if not inbox:
+                    self._deliver(self._live.step())
+                while inbox:
+                    output = inbox.pop(0)
+                    if output.error is not None:
+                        raise output.error
+                    yield output
+        finally:
+            self._drop(generation)
+
+    def _new_id(self) -> str:
+        generations = self._live.generations
+        return next(name for i in self._ids if (name := f"request-{i}") not in generations)
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the engine's counters and times."""
+        return self._live.stats()
+
+    def block_tables(self) -> dict[str, list[list[int]]]:
+        """Block ids of every live request, one list for each of its completions."""
+        return {
+            name: [list(completion.request.table) for completion in generation.completions]
+            for name, generation in self._live.generations.items()
+        }
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all cached prefixes; what runs goes on."""
+        self._live.scheduler.space.cache.clear()
+
+    def check_invariants(self) -> None:
+        """Asserts every invariant of the host state; for tests and debugging."""
+        self._live.check_invariants()
+
+    def close(self) -> None:
+        """Aborts what is left and frees the KV pool and the compiled programs; closing twice is fine."""
+        if self._core is None:
+            return
+        for name in list(self._core.generations):
+            self._core.abort(name)
+        self._core.runner.close()
+        self._core = None
+        self._pending.clear()
+        self._inboxes.clear()
+
+    def __enter__(self) -> Self:
+        _ = self._live  # a closed engine raises
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def keep_compiled_programs(folder: str | os.PathLike[str]) -> None:
+    """Turns on JAX's persistent compilation cache in ``folder``, for this process."""
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _listed_prompts(prompts: Any) -> list[Any]:
+    if is_one_prompt(prompts):
+        return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise InvalidRequestError("prompts", prompts, "must be a prompt or a sequence of them")
+    return list(prompts)
+
+
+def _one_each(params: Any, count: int) -> Sequence[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [SamplingParams() if params is None else params] * count
+    if isinstance(params, str | Mapping) or not isinstance(params, Iterable):
+        raise InvalidRequestError("sampling_params", params, "must be a SamplingParams or a sequence of them")
+    params = list(params)
+    if len(params) != count:
+        raise InvalidRequestError(
+            "sampling_params", len(params), f"must be one, or one for each of {count} prompts"
+        )
+    for each in params:
+        if not isinstance(each, SamplingParams):
+            raise InvalidRequestError("sampling_params", each, "must be a SamplingParams")
+    return params
+
+
+def _eos_token_ids(configured: tuple[int, ...], tokenizer: Tokenizer | None) -> frozenset[int]:
+    ids = set(configured)
+    if not ids and tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return frozenset(ids)

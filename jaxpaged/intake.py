@@ -1,0 +1,199 @@
+"""From what a user passes in to checked requests; nothing in the engine has changed when this raises."""
+
+import operator
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from jaxpaged.config import EngineConfig
+from jaxpaged.errors import InvalidRequestError, PromptTooLongError, RequestTooLargeError
+from jaxpaged.generation import Generation
+from jaxpaged.request import Request
+from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.sampling_rows import bias_rules
+from jaxpaged.tokenizer import Tokenizer
+
+Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
+
+_PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+
+
+def is_one_prompt(prompts: object) -> bool:
+    """Whether this is a single prompt rather than a sequence of prompts."""
+    if isinstance(prompts, str | bytes | bytearray | Mapping):
+        return True
+    if hasattr(prompts, "ndim"):
+        return bool(prompts.ndim == 1)
+    # Nothing right begins with an integer and goes on with something else.
+    return isinstance(prompts, Sequence) and bool(prompts) and _token_id(prompts[0]) is not None
+
+
+def _token_id(value: Any) -> int | None:
+    """The integer that a value is, numpy's included; None when it is none. True is no token id."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+class Intake:
+    """Turns prompts into ``Generation`` objects.
+
+    Args:
+      config: the engine's sizes.
+      vocab_size: of the model.
+      eos_token_ids: tokens that end a text.
+      tokenizer: None for a checkpoint without one; then prompts are token ids.
+      num_usable_blocks: blocks one request could have at most.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        tokenizer: Tokenizer | None,
+        num_usable_blocks: int,
+    ) -> None:
+        self._config = config
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._tokenizer = tokenizer
+        self._capacity = num_usable_blocks * config.block_size
+        self._seeds = random.Random(config.seed)
+
+    def generation(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, cache_salt: str | None = None
+    ) -> Generation:
+        """A new request. Raises InvalidRequestError, naming the argument and its value."""
+        if not isinstance(request_id, str) or not request_id:
+            raise InvalidRequestError("request_id", request_id, "must be a string that is not empty")
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError("params", params, "must be a SamplingParams")
+        text, token_ids, salt = self._read_prompt(prompt)
+        salt = cache_salt if cache_salt is not None else salt
+        _check_salt(salt)
+        config = self._config
+        params.validate_for(
+            self._vocab_size, config.max_logprobs, config.max_model_len, self._tokenizer is not None
+        )
+        max_tokens = self._check_size(token_ids, params)
+        rules = bias_rules(params, self._vocab_size, self._eos_token_ids, self._tokenizer)
+        requests = [
+            Request(
+                request_id,
+                token_ids,
+                params,
+                block_size=config.block_size,
+                max_tokens=max_tokens,
+                stop_token_ids=frozenset(params.stop_token_ids or ()),
+                eos_token_ids=frozenset() if params.ignore_eos else self._eos_token_ids,
+                index=index,
+                cache_salt=salt,
+            )
+            for index in range(params.n)
+        ]
+        requests[0].forks = requests[1:]
+        for request in requests:
+            request.needs_host_each_step |= rules is not None
+        for request in requests[1:]:
+            request.needs_all_logits = False
+        seeds = [_child_seed(params.seed or 0, index) for index in range(params.n)]
+        return Generation(requests, text, params, seeds, self._tokenizer, rules)
+
+    def draw_seeds(self, generation: Generation) -> None:
+        """Gives seeds to a request that brings none.
+
+        Only once it is admitted: a request that was refused must not change what the next one draws.
+        """
+        if generation.params.seed is None:
+            seed = self._seeds.getrandbits(64)
+            for index, completion in enumerate(generation.completions):
+                completion.seed = _child_seed(seed, index)
+
+    def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
+        """(text, token ids, cache salt)."""
+        salt: str | None = None
+        if isinstance(prompt, Mapping):
+            for key in prompt:
+                if key not in _PROMPT_KEYS:
+                    raise InvalidRequestError(
+                        "prompt", key, f"unknown key; known are {', '.join(_PROMPT_KEYS)}"
+                    )
+            salt = prompt.get("cache_salt")
+            if ("prompt" in prompt) == ("prompt_token_ids" in prompt):
+                raise InvalidRequestError(
+                    "prompt", dict(prompt), "needs either 'prompt' or 'prompt_token_ids'"
+                )
+            prompt = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]
+            if isinstance(prompt, Mapping):
+                raise InvalidRequestError("prompt", prompt, "must be text or token ids")
+        if isinstance(prompt, str):
+            if not prompt:
+                raise InvalidRequestError("prompt", prompt, "must not be empty")
+            if self._tokenizer is None:
+                raise InvalidRequestError(
+                    "prompt", prompt, "this model has no tokenizer; pass prompt_token_ids"
+                )
+            return prompt, self._check_ids(self._tokenizer.encode(prompt)), salt
+        ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        if isinstance(ids, bytes | bytearray) or not isinstance(ids, Sequence):
+            raise InvalidRequestError("prompt", prompt, "must be text, token ids or a mapping with either")
+        return None, self._check_ids(ids), salt
+
+    def _check_ids(self, ids: Sequence[Any]) -> list[int]:
+        if len(ids) >= (limit := self._config.max_model_len):  # before each of a million ids is looked at
+            raise PromptTooLongError(
+                "prompt", f"{len(ids)} tokens", f"leaves no room for an output token: max_model_len={limit}"
+            )
+        listed = []
+        for token_id in ids:
+            value = _token_id(token_id)
+            if value is None:
+                raise InvalidRequestError("prompt_token_ids", token_id, "must be integers")
+            if not 0 <= value < self._vocab_size:
+                raise InvalidRequestError(
+                    "prompt_token_ids",
+                    value,
+                    f"is not a token id of this model (vocab_size={self._vocab_size})",
+                )
+            listed.append(value)
+        return listed
+
+    def _check_size(self, token_ids: list[int], params: SamplingParams) -> int:
+        """Tokens the request may produce: ``max_tokens``, cut at ``max_model_len``."""
+        num_prompt, limit = len(token_ids), self._config.max_model_len
+        if num_prompt == 0:
+            raise InvalidRequestError("prompt", token_ids, "must have at least one token")
+        room = limit - num_prompt
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        # The last sampled token is never computed, so it needs no slot.
+        if num_prompt + max_tokens - 1 > self._capacity:
+            raise RequestTooLargeError(
+                "prompt",
+                f"{num_prompt} prompt + {max_tokens} output tokens",
+                f"can never fit the KV pool of {self._capacity} tokens; lower max_tokens or raise num_blocks",
+            )
+        return max_tokens
+
+
+def _check_salt(salt: object) -> None:
+    if salt is None:
+        return
+    if not isinstance(salt, str):
+        raise InvalidRequestError("cache_salt", salt, "must be a string")
+    try:
+        salt.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError("cache_salt", salt, f"is not valid Unicode: {error.reason}") from error
+
+
+def _child_seed(seed: int, index: int) -> int:
+    """Seeds of the n completions: the first is the request's own, the others are mixed (splitmix64)."""
+    if index == 0:
+        return seed % 2**64
+    z = (seed + index * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)

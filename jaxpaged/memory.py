@@ -1,0 +1,117 @@
+"""How many blocks the pool gets."""
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpaged.batch import PackedLayout
+from jaxpaged.buckets import rows_of
+from jaxpaged.config import EngineConfig
+from jaxpaged.models import ModelConfig, Parameters
+from jaxpaged.program import DeviceState, Programs
+
+logger = logging.getLogger(__name__)
+
+# Of a CPU's free memory the pool takes at most this share: the machine has other work to do.
+CPU_SHARE = 0.25
+MIN_BLOCKS = 2  # the dummy and one more
+
+
+def bytes_per_block(model: ModelConfig, config: EngineConfig) -> int:
+    """Keys and values of one block in all layers."""
+    itemsize = np.dtype("float32").itemsize if config.dtype == "float32" else 2
+    per_token = 2 * model.num_kv_heads * model.head_dim * itemsize
+    return model.num_layers * config.block_size * per_token
+
+
+def num_blocks_for(
+    model: ModelConfig, config: EngineConfig, device: Any, weight_bytes: int, reserved_bytes: int
+) -> int:
+    """Blocks of the pool: what the memory allows and the engine can use.
+
+    Args:
+      model, config: sizes.
+      device: a JAX device.
+      weight_bytes: device memory of the weights.
+      reserved_bytes: what else has to fit: sampler state and temporaries of the largest step.
+
+    Raises:
+      MemoryError: not even one sequence of ``max_model_len`` fits; says what to change.
+    """
+    useful = config.max_num_seqs * config.table_width + 1
+    size = bytes_per_block(model, config)
+    available = available_bytes(config, device, weight_bytes, reserved_bytes)
+    blocks = min(useful, available // size)
+    if blocks < config.table_width + 1:
+        raise MemoryError(
+            f"the KV pool would have {blocks} blocks of {size} bytes, but one sequence of "
+            f"max_model_len={config.max_model_len} needs {config.table_width + 1}; lower max_model_len, raise "
+            f"gpu_memory_utilization={config.gpu_memory_utilization} or set num_blocks"
+        )
+    logger.info("KV pool: %d blocks of %d tokens, %.2f GiB", blocks, config.block_size, blocks * size / 2**30)
+    return int(blocks)
+
+
+def available_bytes(config: EngineConfig, device: Any, weight_bytes: int, reserved_bytes: int) -> int:
+    """Bytes that the pool may take on a device."""
+    if device.platform == "cpu":
+        return int(CPU_SHARE * _free_host_bytes())
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise MemoryError(f"{device} does not report its memory; set num_blocks")
+    # bytes_limit is what XLA's allocator may have, which is less than the device has.
+    budget = int(config.gpu_memory_utilization * stats["bytes_limit"])
+    used = max(int(stats.get("bytes_in_use", 0)), weight_bytes)
+    return max(0, budget - used - reserved_bytes)
+
+
+def _free_host_bytes() -> int:
+    """What the machine, or the container that bounds us, could still give."""
+    bounds = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):
+        # Counts the page cache, which gives way, as free.
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+        if found:
+            bounds[0] = 1024 * int(found.group(1))
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        bounds.append(limit - int((group / "memory.current").read_text(encoding="ascii")))
+    return max(0, min(bounds))
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays in a pytree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def step_bytes(
+    functions: Programs,
+    weights: Parameters,
+    operands: tuple[jax.Array, ...],
+    config: EngineConfig,
+    new_state: Callable[[int], DeviceState],
+) -> int:
+    """What the largest step needs beside weights and pool, from XLA's account of its compiled program.
+
+    The program is compiled over a pool of ``MIN_BLOCKS`` blocks that is never allocated; temporaries do not depend
+    on the size of the pool, which is updated in place.
+    """
+    bucket = config.buckets[-1]
+    layout = PackedLayout(bucket, rows_of(bucket, config.max_num_seqs), config.table_width)
+    state = jax.eval_shape(lambda: new_state(MIN_BLOCKS))
+    buffer = jax.ShapeDtypeStruct((layout.size,), np.int32)
+    jitted = jax.jit(partial(functions.step, layout=layout), donate_argnums=1)
+    found = jitted.lower(weights, state, buffer, operands).compile().memory_analysis()
+    if found is None:
+        raise MemoryError("XLA gives no account of its memory on this device; set num_blocks")
+    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+    return int(found.temp_size_in_bytes + max(0, outputs)) + tree_bytes(state.sampler)

@@ -1,0 +1,107 @@
+"""One sequence on its way through the engine: host state only, plain ints."""
+
+import enum
+import time
+
+from jaxpaged.block_table import BlockTable
+from jaxpaged.sampling_params import SamplingParams
+
+
+class RequestStatus(enum.Enum):
+    """Where a request is. The FINISHED values are those of ``finish_reason``."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"  # waits again; what it had computed is gone, its tokens are not
+    FINISHED_STOPPED = "stop"
+    FINISHED_LENGTH = "length"
+    FINISHED_ABORTED = "abort"
+    FINISHED_ERROR = "error"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it will never run again."""
+        return self in _FINISHED
+
+
+_FINISHED = frozenset(status for status in RequestStatus if status.name.startswith("FINISHED"))
+
+
+class Request:
+    """One sequence: its tokens, how many of them are computed, and its blocks.
+
+    There is no prefill and no decode phase. A request is behind by ``num_tokens - num_computed_tokens``; each
+    step lets it catch up by some tokens, and when it has caught up, one token is sampled.
+
+    Invariants: ``num_computed_tokens <= num_tokens``; ``token_ids`` is the prompt followed by the output and only
+    grows; ``row`` is 0 exactly while the request is not running.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        block_size: int,
+        max_tokens: int,
+        stop_token_ids: frozenset[int] = frozenset(),
+        eos_token_ids: frozenset[int] = frozenset(),
+        index: int = 0,
+        cache_salt: str | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.index = index  # which of the n completions
+        self.params = params
+        self.max_tokens = max_tokens
+        self.stop_token_ids = stop_token_ids
+        self.eos_token_ids = eos_token_ids
+        self._end_ids = stop_token_ids | eos_token_ids
+        self.cache_salt = cache_salt
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.token_ids = list(prompt_token_ids)
+        self.table = BlockTable(block_size)
+        self.block_hashes: list[bytes] = []
+        self.num_published = 0  # leading blocks that were offered to the prefix cache
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.status = RequestStatus.WAITING
+        self.stop_reason: int | str | None = None
+        self.row = 0
+        self.may_share = False  # whether the block it writes to may have another holder, after a fork
+        self.forks: list[Request] = []  # completions that wait for this one's prompt
+        self.arrival_time = time.monotonic()
+        self.needs_all_logits = params.prompt_logprobs is not None
+        # Log-probabilities are read, and biases decided, between any two tokens.
+        self.needs_host_each_step = params.logprobs is not None
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.request_id!r}, index={self.index}, {self.status.value}, "
+            f"tokens={self.num_tokens}, computed={self.num_computed_tokens})"
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The sampled tokens."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    def append(self, token_id: int) -> RequestStatus | None:
+        """Adds a sampled token; returns the status to finish with when the token ends the request."""
+        self.token_ids.append(token_id)
+        num_output = len(self.token_ids) - self.num_prompt_tokens
+        if token_id in self._end_ids and num_output >= self.params.min_tokens:
+            self.stop_reason = token_id if token_id in self.stop_token_ids else None
+            return RequestStatus.FINISHED_STOPPED
+        return RequestStatus.FINISHED_LENGTH if num_output >= self.max_tokens else None

@@ -1,0 +1,198 @@
+"""Runs steps on the device: one compiled program per bucket over a donated KV pool.
+
+The program of a bucket takes the weights, the engine's device state and one packed buffer. The state (KV pool and
+sampler state) is donated and handed back, so it is updated in place and nothing else may hold it.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpaged.batch import BatchBuilder
+from jaxpaged.errors import RecompileError
+from jaxpaged.models import Parameters
+from jaxpaged.pallas_kernels import copy_blocks
+from jaxpaged.program import DeviceState, Programs, StepOutput
+from jaxpaged.sampler import set_bias_row, set_row
+
+logger = logging.getLogger(__name__)
+
+COPY_WIDTH = 16  # block copies of one launch
+
+
+class Runner:
+    """Owns weights, device state and compiled programs.
+
+    Args:
+      functions: what to compile.
+      weights: parameters, flat.
+      operands: arrays of the user's attention variant.
+      builder: knows the buckets and their layouts.
+      new_state: makes an empty device state.
+    """
+
+    def __init__(
+        self,
+        functions: Programs,
+        weights: Parameters,
+        operands: tuple[jax.Array, ...],
+        builder: BatchBuilder,
+        new_state: Callable[[], DeviceState],
+    ) -> None:
+        self._functions = functions
+        self._weights: Parameters | None = weights
+        self._operands = operands
+        self._builder = builder
+        self._new_state = new_state
+        self._state: DeviceState | None = new_state()
+        self._programs: dict[tuple[int, int], Any] = {}  # by bucket and number of steps
+        self._small: dict[str, Any] = {}
+        self.forbid_compile = False
+        self.num_compiles = 0
+        self.compile_seconds = 0.0
+
+    @property
+    def state(self) -> DeviceState:
+        """The live device state; it dies with the next step."""
+        assert self._state is not None, "closed"
+        return self._state
+
+    @property
+    def state_is_lost(self) -> bool:
+        """Whether a program that failed had already taken the donated state, or has left its error in the new one."""
+        try:
+            jax.block_until_ready(self.state)
+        except Exception:  # also what deleted arrays raise
+            return True
+        return False
+
+    def reset_state(self) -> None:
+        """Starts over with an empty pool."""
+        for array in jax.tree.leaves(self._state):
+            if not array.is_deleted():
+                array.delete()
+        self._state = self._new_state()
+
+    def warm_up(self, *, max_workers: int) -> None:
+        """Compiles every bucket and the small programs, in parallel; afterwards compiling is an error."""
+        started = time.perf_counter()
+        with ThreadPoolExecutor(max_workers) as workers:
+            list(workers.map(self._program, *zip(*reversed(self._builder.programs), strict=True)))
+            list(workers.map(self._small_program, _SMALL_PROGRAMS))
+        self.forbid_compile = True
+        seconds = time.perf_counter() - started
+        logger.info("warm-up: %d programs in %.1f s", len(self._programs) + len(self._small), seconds)
+
+    def _program(self, bucket: int, num_steps: int = 1) -> Any:
+        program = self._programs.get((bucket, num_steps))
+        if program is None:
+            layout = self._builder.layout(bucket)
+            buffer = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+            shape = f"bucket of {bucket} tokens, {layout.num_rows} rows, {num_steps} steps"
+            function: partial[Any]
+            if num_steps == 1:
+                function = partial(self._functions.step, layout=layout)
+            else:
+                function = partial(self._functions.decode_steps, layout=layout, num_steps=num_steps)
+            jitted = jax.jit(function, donate_argnums=1)
+            program = self._compile(jitted, shape, self._weights, self.state, buffer, self._operands)
+            self._programs[bucket, num_steps] = program
+        return program
+
+    def _small_program(self, name: str) -> Any:
+        program = self._small.get(name)
+        if program is None:
+            function, shapes = _SMALL_PROGRAMS[name]
+            arguments = shapes(self.state)
+            jitted = jax.jit(function, donate_argnums=0)
+            program = self._compile(jitted, name, self.state, *arguments)
+            self._small[name] = program
+        return program
+
+    def _compile(self, jitted: Any, shape: str, *arguments: Any) -> Any:
+        if self.forbid_compile:
+            raise RecompileError(f"{shape}: not compiled in the warm-up, and compiling is forbidden since")
+        started = time.perf_counter()
+        program = jitted.lower(*arguments).compile()
+        seconds = time.perf_counter() - started
+        self.num_compiles += 1
+        self.compile_seconds += seconds
+        logger.info("compiled %s in %.2f s", shape, seconds)
+        return program
+
+    def execute(self, bucket: int, buffer: np.ndarray) -> StepOutput:
+        """Runs one step; returns at once, the arrays arrive later."""
+        program = self._program(bucket)
+        output, self._state = program(self._weights, self.state, buffer, self._operands)
+        return output
+
+    def execute_decode_steps(self, bucket: int, buffer: np.ndarray, num_steps: int) -> jax.Array:
+        """Runs several steps of decode rows in one program; returns tokens int32 ``[num_steps, B]``."""
+        program = self._program(bucket, num_steps)
+        tokens, self._state = program(self._weights, self.state, buffer, self._operands)
+        return tokens
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copies blocks (source, target) in every layer. Targets are new blocks, never also sources."""
+        for at in range(0, len(copies), COPY_WIDTH):
+            pairs = np.zeros((2, COPY_WIDTH), np.int32)
+            some = copies[at : at + COPY_WIDTH]
+            pairs[:, : len(some)] = np.array(some, np.int32).T
+            self._state = self._small_program("copy_blocks")(self.state, pairs)
+
+    def set_sampler_row(self, row: int, counts: np.ndarray, prompt: np.ndarray, bias: np.ndarray) -> None:
+        """Replaces a row of the sampler state; arrays ``[V]`` as in ``sampler.set_row``."""
+        self._state = self._small_program("set_row")(self.state, np.int32(row), counts, prompt, bias)
+
+    def set_sampler_bias(self, row: int, bias: np.ndarray) -> None:
+        """Replaces the bias of a row of the sampler state, float32 ``[V]``."""
+        self._state = self._small_program("set_bias_row")(self.state, np.int32(row), bias)
+
+    def memory_analysis(self, bucket: int) -> Any:
+        """XLA's account of a bucket's program: aliased, temporary and argument bytes."""
+        return self._program(bucket).memory_analysis()
+
+    def close(self) -> None:
+        """Frees the device memory of pool, sampler state and programs; the weights if nobody else has them."""
+        if self._state is not None:
+            for array in jax.tree.leaves(self._state):
+                array.delete()
+        self._state = None
+        self._weights = None
+        self._programs.clear()
+        self._small.clear()
+
+
+def _copy(state: DeviceState, pairs: jax.Array) -> DeviceState:
+    return state._replace(pool=copy_blocks(state.pool, pairs[0], pairs[1]))
+
+
+def _set_row(
+    state: DeviceState, row: jax.Array, counts: jax.Array, prompt: jax.Array, bias: jax.Array
+) -> DeviceState:
+    return state._replace(sampler=set_row(state.sampler, row, counts, prompt, bias))
+
+
+def _set_bias_row(state: DeviceState, row: jax.Array, bias: jax.Array) -> DeviceState:
+    return state._replace(sampler=set_bias_row(state.sampler, row, bias))
+
+
+def _vocab(state: DeviceState, *dtypes: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    vocab_size = state.sampler.logit_bias.shape[1]
+    row = jax.ShapeDtypeStruct((), jnp.int32)
+    return (row, *(jax.ShapeDtypeStruct((vocab_size,), dtype) for dtype in dtypes))
+
+
+# Rare things that a step may need before it runs, with the shapes of their arguments after the state.
+_SMALL_PROGRAMS: dict[str, tuple[Any, Any]] = {
+    "copy_blocks": (_copy, lambda state: (jax.ShapeDtypeStruct((2, COPY_WIDTH), jnp.int32),)),
+    "set_row": (_set_row, lambda state: _vocab(state, jnp.int32, jnp.bool_, jnp.float32)),
+    "set_bias_row": (_set_bias_row, lambda state: _vocab(state, jnp.float32)),
+}

@@ -1,0 +1,5 @@
+"""Attention over a paged KV pool."""
+
+from jaxpaged.pallas_kernels.paged_attention.api import IMPLEMENTATIONS, best_implementation, paged_attention
+
+__all__ = ["IMPLEMENTATIONS", "best_implementation", "paged_attention"]

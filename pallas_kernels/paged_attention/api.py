@@ -1,0 +1,115 @@
+"""Paged attention: one signature, several implementations."""
+
+import logging
+from collections.abc import Callable
+from functools import cache
+
+import jax
+
+from jaxpaged.pallas_kernels.batch import AttentionBatch, KVPool
+from jaxpaged.pallas_kernels.paged_attention import numba_cpu
+from jaxpaged.pallas_kernels.paged_attention.numba_cpu import paged_attention_numba
+from jaxpaged.pallas_kernels.paged_attention.reference import paged_attention_reference
+from jaxpaged.pallas_kernels.paged_attention.xla import paged_attention_xla
+from jaxpaged.pallas_kernels.variant import AttentionVariant
+
+logger = logging.getLogger(__name__)
+
+IMPLEMENTATIONS: dict[
+    str, Callable[[jax.Array, KVPool, int, AttentionBatch, AttentionVariant], jax.Array]
+] = {
+    "reference": paged_attention_reference,
+    "xla": paged_attention_xla,
+    "numba": paged_attention_numba,
+}
+
+
+def paged_attention(
+    q: jax.Array,
+    kv_pool: KVPool,
+    layer: int,
+    batch: AttentionBatch,
+    *,
+    variant: AttentionVariant | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Causal attention of a ragged batch of queries over keys and values in a paged pool.
+
+    The keys and values of the step's own tokens must already be in the pool (``cache_scatter``). Token ``t``
+    attends to positions ``0..positions[t]`` of its row. Scores and softmax are float32. Method: Kwon et al.
+    2023 (arXiv:2309.06180).
+
+    Args:
+      q: float ``[T, Hq, D]``.
+      kv_pool: see ``KVPool``; ``Hkv`` divides ``Hq``.
+      layer: which layer of the pool.
+      batch: see ``AttentionBatch``. Block ids must lie in ``[0, N)``: JAX clamps others silently, so the
+        host checks them.
+      variant: see ``AttentionVariant``.
+      implementation: ``"reference"``, ``"xla"``, ``"numba"`` (CPU), or None for the best one here.
+
+    Returns:
+      ``[T, Hq, D]`` in the dtype of ``q``; padding tokens are finite and meaningless.
+
+    Raises:
+      ValueError: shapes that do not fit, an unknown implementation, a layer out of range.
+      NotImplementedError: a named implementation cannot take this call; it says why and never falls back.
+    """
+    variant = variant or AttentionVariant()
+    _check(q, kv_pool, layer, batch, variant)
+    if implementation is None:
+        implementation = best_implementation(jax.default_backend(), q, kv_pool, variant)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"paged_attention: implementation={implementation!r} is none of {sorted(IMPLEMENTATIONS)}"
+        )
+    return IMPLEMENTATIONS[implementation](q, kv_pool, layer, batch, variant)
+
+
+def best_implementation(platform: str, q: jax.Array, kv_pool: KVPool, variant: AttentionVariant) -> str:
+    """The implementation that ``implementation=None`` takes on a platform; logged once for each answer."""
+    if platform == "cpu":
+        reason = numba_cpu.unsupported_reason(q.dtype, kv_pool.k.dtype, variant)
+        return (
+            _log_choice(platform, "xla", reason)
+            if reason
+            else _log_choice(platform, "numba", "fastest there")
+        )
+    return _log_choice(platform, "xla", "there is no kernel for this device")
+
+
+@cache
+def _log_choice(platform: str, name: str, reason: str) -> str:
+    logger.info("paged_attention on %s uses implementation %r: %s", platform, name, reason)
+    return name
+
+
+def _check(
+    q: jax.Array, kv_pool: KVPool, layer: int, batch: AttentionBatch, variant: AttentionVariant
+) -> None:
+    if q.ndim != 3 or kv_pool.k.ndim != 4 or kv_pool.k.shape != kv_pool.v.shape:
+        raise ValueError(
+            f"paged_attention: q.shape={q.shape} must be [T, Hq, D] and kv_pool.k.shape={kv_pool.k.shape}, "
+            f"kv_pool.v.shape={kv_pool.v.shape} must both be [L*N, Hkv, S, D]"
+        )
+    _, num_kv_heads, _, head_dim = kv_pool.k.shape
+    if q.shape[2] != head_dim or q.shape[1] % num_kv_heads:
+        raise ValueError(f"paged_attention: q.shape={q.shape} does not fit kv_pool.k.shape={kv_pool.k.shape}")
+    if not 0 <= layer < kv_pool.num_layers:
+        raise ValueError(f"paged_attention: layer={layer} is not in [0, {kv_pool.num_layers})")
+    rows, tokens = batch.block_tables.shape[0], q.shape[0]
+    wanted = {
+        "seq_lens": rows,
+        "query_start_loc": rows + 1,
+        "rows": tokens,
+        "positions": tokens,
+        "slots": tokens,
+    }
+    for name, size in wanted.items():
+        shape = getattr(batch, name).shape
+        if shape != (size,):
+            raise ValueError(f"paged_attention: batch.{name}.shape={shape} must be ({size},)")
+    if variant.sinks is not None and variant.sinks.shape != (q.shape[1],):
+        raise ValueError(
+            f"paged_attention: variant.sinks.shape={variant.sinks.shape} must be ({q.shape[1]},)"
+        )

@@ -1,0 +1,222 @@
+"""The numba half of ``numba_cpu``: imported only where the kernel is used."""
+
+import math
+
+import numba
+import numpy as np
+
+from jaxpaged.pallas_kernels.numba_ffi import (
+    float32_pointer,
+    int32_pointer,
+    operand,
+    operand_dim,
+    prefetch,
+    result,
+)
+from jaxpaged.pallas_kernels.paged_attention.numba_vector import (
+    LANES,
+    add_values,
+    exp_sum,
+    max_of,
+    score_keys,
+)
+
+TILE_Q = 8  # query tokens that share one read of a key block
+CHUNK = 256  # keys of one online-softmax step
+
+_MASKED = np.float32(-1e30)
+_ZERO, _ONE = np.float32(0), np.float32(1)
+
+# Reassociation lets LLVM vectorise sums; NaN and infinity keep their meaning.
+_FAST = {"reassoc", "contract", "nsz", "arcp"}
+_jit = numba.njit(fastmath=_FAST, error_model="numpy", boundscheck=False, cache=True)
+
+
+@_jit
+def _score_block(q, head, k, block, kv_head, scores, line, column, hi, scale):  # type: ignore[no-untyped-def]
+    """Scores of the first ``hi`` slots of a block against heads ``head:`` of every query of ``q`` ``[Q, Hq, D]``.
+
+    They go to ``scores[line + i * G + g, column:]`` for query ``i`` and head ``g`` of the group.
+    """
+    num_q, num_heads, head_dim = q.shape
+    num_kv_heads, block_size = k.shape[1], k.shape[2]
+    group = num_heads // num_kv_heads
+    if head_dim % LANES == 0 and block_size % LANES == 0:
+        tile = (block * num_kv_heads + kv_head) * block_size * head_dim
+        for i in range(num_q):
+            for g in range(group):
+                query_at = (i * num_heads + head + g) * head_dim
+                scores_at = (line + i * group + g) * scores.shape[1] + column
+                # Slots past ``hi`` are scored as well: nobody looks at the result.
+                for s in range(0, hi, LANES):
+                    score_keys(q, query_at, k, tile + s * head_dim, scores, scores_at + s, head_dim, scale)
+        return
+    for i in range(num_q):
+        for g in range(group):
+            query, scored = q[i, head + g], scores[line + i * group + g]
+            for s in range(hi):
+                key = k[block, kv_head, s]
+                total = _ZERO
+                for d in range(head_dim):
+                    total += query[d] * key[d]
+                scored[column + s] = total * scale
+
+
+@_jit
+def _add_block(acc, scores, n, column, v, block, kv_head, lo, hi):  # type: ignore[no-untyped-def]
+    """``acc[n] += scores[n, column + lo : column + hi] @ v[block, kv_head, lo:hi]``."""
+    num_kv_heads, block_size, head_dim = v.shape[1], v.shape[2], v.shape[3]
+    if head_dim % LANES == 0:
+        values_at = ((block * num_kv_heads + kv_head) * block_size + lo) * head_dim
+        weights_at = n * scores.shape[1] + column + lo
+        add_values(acc, n * head_dim, scores, weights_at, v, values_at, hi - lo, head_dim)
+        return
+    for s in range(lo, hi):
+        weight, value = scores[n, column + s], v[block, kv_head, s]
+        for d in range(head_dim):
+            acc[n, d] += weight * value[d]
+
+
+@_jit
+def _prefetch_tile(pool, block, kv_head):  # type: ignore[no-untyped-def]
+    size = pool.shape[2] * pool.shape[3]
+    at = (block * pool.shape[1] + kv_head) * size
+    for line in range(0, size, LANES):
+        prefetch(pool, at + line)
+
+
+@_jit
+def _softmax_step(scores, n, top, total, acc, lo, hi):  # type: ignore[no-untyped-def]
+    """Turns ``scores[n, lo:hi]`` into weights against the new maximum; decays what was accumulated."""
+    at = n * scores.shape[1]
+    new_top = max_of(scores, at, lo, hi, top[n])
+    if new_top > top[n]:
+        decay = np.float32(math.exp(top[n] - new_top))
+        total[n] *= decay
+        line = acc[n]
+        for d in range(len(line)):
+            line[d] *= decay
+    top[n] = new_top
+    total[n] += exp_sum(scores, at, lo, hi, new_top)
+
+
+@_jit
+def _cap(scores, lo, hi, cap):  # type: ignore[no-untyped-def]
+    for j in range(lo, hi):
+        scores[j] = cap * np.float32(math.tanh(scores[j] / cap))
+
+
+@_jit
+def _attend_tile(q, k, v, table, acc, top, total, scores, positions, geometry, scale, cap):  # type: ignore[no-untyped-def]
+    """All keys of one tile of queries of one row.
+
+    Args: ``q`` ``[Q, Hq, D]``; pools ``[L*N, Hkv, S, D]``; the row's ``table``; per (kv head, query, head of the
+    group) in this order ``acc`` ``[n, D]``, ``top`` ``[n]`` and ``total`` ``[n]``, initialised; scratch ``scores``
+    ``[n, CHUNK]``; ``positions`` of the queries; geometry: a tuple of integers.
+    """
+    layer_base, window, head0, heads, group = geometry
+    num_q, block_size = q.shape[0], k.shape[2]
+    per_head = num_q * group
+    start = max(0, positions[0] - window + 1) if window > 0 else 0
+    chunk = max(1, CHUNK // block_size) * block_size
+    for base in range(start // chunk * chunk, positions[num_q - 1] + 1, chunk):
+        end = min(base + chunk, positions[num_q - 1] + 1)
+        first_block, end_block = max(base, start) // block_size, (end - 1) // block_size + 1
+        for b in range(first_block, end_block):
+            block = layer_base + table[b]
+            for h in range(heads):
+                if b + 1 < end_block:
+                    _prefetch_tile(k, layer_base + table[b + 1], head0 + h)
+                else:
+                    _prefetch_tile(v, layer_base + table[first_block], head0 + h)
+                hi = min(block_size, end - b * block_size)
+                _score_block(
+                    q,
+                    (head0 + h) * group,
+                    k,
+                    block,
+                    head0 + h,
+                    scores,
+                    h * per_head,
+                    b * block_size - base,
+                    hi,
+                    scale,
+                )
+        for i in range(num_q):
+            hi = min(end, positions[i] + 1) - base
+            lo = max(max(base, start), positions[i] + 1 - window) - base if window > 0 else 0
+            if hi <= lo:
+                continue
+            for h in range(heads):
+                for n in range(h * per_head + i * group, h * per_head + (i + 1) * group):
+                    if cap > 0:
+                        _cap(scores[n], lo, hi, cap)
+                    _softmax_step(scores, n, top, total, acc, lo, hi)
+        for b in range(first_block, end_block):
+            block, column = layer_base + table[b], b * block_size - base
+            for h in range(heads):
+                if b + 1 < end_block:
+                    _prefetch_tile(v, layer_base + table[b + 1], head0 + h)
+                for i in range(num_q):
+                    hi = min(block_size, positions[i] + 1 - b * block_size)
+                    lo = max(0, positions[i] + 1 - window - b * block_size) if window > 0 else 0
+                    if hi <= lo:
+                        continue  # the block lies after this query, or before its window
+                    for n in range(h * per_head + i * group, h * per_head + (i + 1) * group):
+                        _add_block(acc, scores, n, column, v, block, head0 + h, lo, hi)
+
+
+@_jit
+def _attend_rows(q, k, v, tables, starts, positions, sinks, out, geometry, scale, cap):  # type: ignore[no-untyped-def]
+    """Every tile of every row; ``out`` is ``[T, heads of this part * G, D]``."""
+    _, _, head0, heads, group = geometry
+    head_dim = q.shape[2]
+    rows = TILE_Q * heads * group
+    width = -(-max(CHUNK, k.shape[2]) // LANES) * LANES
+    acc = np.empty((rows, head_dim), np.float32)
+    top, total = np.empty(rows, np.float32), np.empty(rows, np.float32)
+    scores = np.empty((rows, width), np.float32)
+    for row in range(len(starts) - 1):
+        for first in range(starts[row], starts[row + 1], TILE_Q):
+            num_q = min(TILE_Q, starts[row + 1] - first)
+            per_head = num_q * group
+            acc[: heads * per_head] = _ZERO
+            for n in range(heads * per_head):
+                head = (head0 + n // per_head) * group + n % group
+                top[n] = sinks[head] if len(sinks) > 0 else _MASKED
+                total[n] = _ONE if len(sinks) > 0 else _ZERO
+            _attend_tile(
+                q[first : first + num_q], k, v, tables[row], acc, top, total, scores,
+                positions[first : first + num_q], geometry, scale, cap,
+            )  # fmt: skip
+            for n in range(heads * per_head):
+                line = out[first + n % per_head // group, n // per_head * group + n % group]
+                inverse = _ONE / max(total[n], np.float32(1e-30))
+                for d in range(head_dim):
+                    line[d] = acc[n, d] * inverse
+    out[starts[len(starts) - 1] :] = _ZERO
+
+
+@numba.njit(error_model="numpy", cache=True)
+def paged_attention_frame(frame):  # type: ignore[no-untyped-def]
+    """FFI entry: operands q, k, v, block_tables, query_start_loc, positions, ints, floats, sinks; one result."""
+    num_tokens, num_heads, head_dim = (
+        operand_dim(frame, 0, 0),
+        operand_dim(frame, 0, 1),
+        operand_dim(frame, 0, 2),
+    )
+    pool = (operand_dim(frame, 1, 0), operand_dim(frame, 1, 1), operand_dim(frame, 1, 2), head_dim)
+    num_rows, width = operand_dim(frame, 3, 0), operand_dim(frame, 3, 1)
+    q = numba.carray(float32_pointer(operand(frame, 0)), (num_tokens, num_heads, head_dim))
+    k = numba.carray(float32_pointer(operand(frame, 1)), pool)
+    v = numba.carray(float32_pointer(operand(frame, 2)), pool)
+    tables = numba.carray(int32_pointer(operand(frame, 3)), (num_rows, width))
+    starts = numba.carray(int32_pointer(operand(frame, 4)), (num_rows + 1,))
+    positions = numba.carray(int32_pointer(operand(frame, 5)), (num_tokens,))
+    ints = numba.carray(int32_pointer(operand(frame, 6)), (4,))
+    floats = numba.carray(float32_pointer(operand(frame, 7)), (2,))
+    sinks = numba.carray(float32_pointer(operand(frame, 8)), (operand_dim(frame, 8, 0),))
+    group = num_heads // pool[1]
+    out = numba.carray(float32_pointer(result(frame, 0)), (num_tokens, ints[3] * group, head_dim))
+    geometry = (np.int64(ints[0]), np.int64(ints[1]), np.int64(ints[2]), np.int64(ints[3]), group)
+    _attend_rows(q, k, v, tables, starts, positions, sinks, out, geometry, floats[0], floats[1])

@@ -1,0 +1,1 @@
+"""The command line: generate, chat, bench, info and demo, each over one ``Engine``."""

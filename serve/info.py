@@ -1,0 +1,113 @@
+"""``jaxpaged info``: devices, versions, the model, the KV pool and the buckets, as an engine would have them."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from jaxpaged.serve.environment import environment
+from jaxpaged.serve.options import EngineOptions
+from jaxpaged.serve.terminal import counted, facts_table, listed, size, stdout, waiting
+
+if TYPE_CHECKING:
+    from jaxpaged import Engine
+
+
+def run_info(options: EngineOptions, *, as_json: bool) -> None:
+    """Builds the engine of the options and shows what it is made of."""
+    with waiting("loading the model"):
+        engine = options.open()
+    with engine:
+        facts = gather(engine)
+    facts["model"]["path"] = "embedded" if options.is_embedded else str(options.model)
+    if as_json:
+        print(json.dumps(facts, indent=1))
+    else:
+        _print(facts)
+
+
+def gather(engine: "Engine") -> dict[str, Any]:
+    """Facts about the machine and the engine, as JSON's own types."""
+    import dataclasses
+
+    from jaxpaged.memory import bytes_per_block
+
+    model, config = engine.model_config, engine.config
+    num_blocks = engine.stats().num_blocks + 1  # the dummy block takes memory too
+    per_block = bytes_per_block(model, config)
+    return environment() | {
+        "model": dataclasses.asdict(model),
+        "engine": dataclasses.asdict(config),
+        "attention": attention_implementation(engine),
+        "pool": {
+            "num_blocks": num_blocks,
+            "num_tokens": (num_blocks - 1) * config.block_size,
+            "bytes": num_blocks * per_block,
+            "bytes_per_block": per_block,
+            "bytes_per_token": per_block // config.block_size,
+        },
+        "buckets": list(config.buckets),
+    }
+
+
+def attention_implementation(engine: "Engine") -> str:
+    """The implementation of paged attention that the engine's steps take."""
+    import jax
+
+    from jaxpaged import AttentionVariant
+    from jaxpaged.pallas_kernels import KVPool
+    from jaxpaged.pallas_kernels.paged_attention.api import best_implementation
+
+    model, config = engine.model_config, engine.config
+    if config.attention is not None:
+        return config.attention
+    q = jax.ShapeDtypeStruct((1, model.num_heads, model.head_dim), config.dtype)
+    kv = jax.ShapeDtypeStruct((1, model.num_kv_heads, config.block_size, model.head_dim), config.dtype)
+    platform = jax.local_devices()[0].platform
+    chosen: list[str] = []
+
+    def choose(q: jax.Array, kv: jax.Array) -> jax.Array:
+        chosen.append(best_implementation(platform, q, KVPool(kv, kv, 1), AttentionVariant()))
+        return q
+
+    jax.eval_shape(choose, q, kv)  # traced only: the choice depends on shapes and dtypes
+    return chosen[0]
+
+
+def _print(facts: dict[str, Any]) -> None:
+    console = stdout()
+    hardware, model, config, pool = (facts[name] for name in ("hardware", "model", "engine", "pool"))
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    machine = [
+        ("devices", f"{len(hardware['devices'])} x {hardware['devices'][0]} ({hardware['platform']})"),
+        ("processor", f"{hardware['cpu']}, {counted(hardware['cores'], 'core')} for this process"),
+        ("memory", size(hardware["memory_bytes"])),
+        ("versions", versions),
+        ("commit", facts["commit"] or "not in a checkout"),
+    ]
+    if hardware["device_memory_bytes"]:
+        machine.insert(1, ("device memory", size(hardware["device_memory_bytes"])))
+    console.print(facts_table("Machine", machine))
+    windows = {window for window in model["sliding_windows"] if window is not None}
+    heads = (
+        f"{model['num_heads']} query heads, {model['num_kv_heads']} key-value heads of {model['head_dim']}"
+    )
+    described = [
+        ("path", model["path"]),
+        ("architecture", model["architecture"]),
+        ("layers", f"{model['num_layers']} of width {model['hidden_size']}, {heads}"),
+        ("vocabulary", f"{model['vocab_size']:,} tokens"),
+        ("positions", f"{model['max_position_embeddings']:,}"),
+    ]
+    if windows:
+        described.append(("sliding window", listed(sorted(windows))))
+    console.print(facts_table("Model", described))
+    in_pool = f"{counted(pool['num_blocks'], 'block')} of {config['block_size']} tokens = {pool['num_tokens']:,} tokens"
+    engine = [
+        ("KV pool", f"{in_pool}, {size(pool['bytes'])} ({size(pool['bytes_per_token'])} a token)"),
+        ("dtype", config["dtype"]),
+        ("attention", facts["attention"]),
+        ("sequence", f"up to {config['max_model_len']:,} tokens"),
+        ("step", f"up to {config['max_num_seqs']} sequences, {config['max_num_batched_tokens']:,} tokens"),
+        ("buckets", f"{len(facts['buckets'])}: {listed(facts['buckets'], 24)} tokens"),
+        ("prefix cache", "on" if config["enable_prefix_caching"] else "off"),
+    ]
+    console.print(facts_table("Engine", engine))

@@ -1,0 +1,153 @@
+"""What the scheduler decides, told in small stories; ``test_scheduler_machine`` has the invariants."""
+
+import logging
+import time
+
+import pytest
+
+from jaxpaged.request import Request, RequestStatus
+from jaxpaged.scheduler import ScheduledStep, Scheduler
+from tests.core.pool_model import PoolModel, make_request, make_scheduler
+
+
+def add(
+    scheduler: Scheduler, name: str, prompt: list[int] | int, *, max_tokens: int = 4, n: int = 1
+) -> list[Request]:
+    """A request with these prompt tokens, or with this many of its own."""
+    if isinstance(prompt, int):
+        prompt = [int.from_bytes(name.encode()) * 1000 + i for i in range(prompt)]
+    block_size = scheduler.space.block_size
+    requests = make_request(name, prompt, block_size=block_size, max_tokens=max_tokens, n=n)
+    scheduler.add(requests[0])
+    return requests
+
+
+def run(scheduler: Scheduler, token: int = 7) -> ScheduledStep:
+    step = scheduler.schedule()
+    scheduler.update(step, [token] * len(step.rows))
+    scheduler.check_invariants()
+    return step
+
+
+def planned(step: ScheduledStep) -> list[tuple[str, int, int]]:
+    return [(request.request_id, request.index, count) for request, count in step.rows]
+
+
+def test_running_before_waiting_in_order_of_arrival() -> None:
+    scheduler = make_scheduler(num_blocks=40, block_size=4, budget=10)
+    add(scheduler, "a", 4)
+    add(scheduler, "b", 9)
+    assert planned(run(scheduler)) == [("a", 0, 4), ("b", 0, 6)]
+    add(scheduler, "c", 3)
+    assert planned(run(scheduler)) == [("a", 0, 1), ("b", 0, 3), ("c", 0, 3)]
+
+
+def test_a_long_prompt_goes_in_chunks_and_samples_once() -> None:
+    scheduler = make_scheduler(num_blocks=40, block_size=4, budget=8)
+    (request,) = add(scheduler, "a", 20, max_tokens=1)
+    assert [planned(run(scheduler)) for _ in range(3)] == [[("a", 0, 8)], [("a", 0, 8)], [("a", 0, 4)]]
+    assert request.output_token_ids == [7]
+    assert request.status is RequestStatus.FINISHED_LENGTH
+    assert scheduler.space.num_free == 39
+
+
+def test_no_more_than_max_num_seqs() -> None:
+    scheduler = make_scheduler(num_blocks=40, block_size=4, max_num_seqs=2, budget=32)
+    for name in "abc":
+        add(scheduler, name, 3, max_tokens=2)
+    assert planned(run(scheduler)) == [("a", 0, 3), ("b", 0, 3)]
+    assert planned(run(scheduler)) == [("a", 0, 1), ("b", 0, 1)]
+    assert planned(run(scheduler)) == [("c", 0, 3)]
+
+
+def test_equal_prompts_of_one_step_share_their_blocks() -> None:
+    """The first publishes blocks that the same step fills, so the second need not compute them."""
+    scheduler = make_scheduler(num_blocks=40, block_size=4, budget=64)
+    prompt = list(range(18))
+    (first,), (second,) = add(scheduler, "a", prompt), add(scheduler, "b", prompt)
+    assert planned(run(scheduler)) == [("a", 0, 18), ("b", 0, 2)]
+    assert first.table.ids[:4] == second.table.ids[:4]
+    assert first.table.ids[4] != second.table.ids[4]
+    assert second.num_cached_tokens == 16
+
+
+def test_forks_compute_only_the_last_token_of_their_prompt() -> None:
+    scheduler = make_scheduler(num_blocks=40, block_size=4, budget=64)
+    pool = PoolModel(scheduler)
+    requests = add(scheduler, "a", 10, n=3)
+    assert planned(run(scheduler)) == [("a", 0, 10)]
+    pool.before()
+    step = scheduler.schedule()
+    assert planned(step) == [("a", 0, 1), ("a", 1, 1), ("a", 2, 1)]
+    assert len(step.copies) == 2, "the last of three holders writes in place"
+    assert [r.num_computed_tokens for r in requests] == [10, 9, 9]
+    scheduler.update(step, [1, 2, 3])
+    assert len({r.table.ids[2] for r in requests}) == 3
+    assert all(r.table.ids[:2] == requests[0].table.ids[:2] for r in requests)
+    assert scheduler.space.num_free == 39 - 5
+
+
+def test_the_last_arrival_gives_way_and_finds_its_blocks_again(caplog: pytest.LogCaptureFixture) -> None:
+    scheduler = make_scheduler(num_blocks=7, block_size=4, budget=64)
+    (first,) = add(scheduler, "a", 11, max_tokens=8)
+    (second,) = add(scheduler, "b", 11, max_tokens=3)
+    run(scheduler)
+    run(scheduler)
+    with caplog.at_level(logging.WARNING, "jaxpaged.scheduler"):
+        step = run(scheduler)
+    assert step.preempted == [second]
+    assert second.status is RequestStatus.PREEMPTED
+    assert second.output_token_ids == [7, 7], "no token is lost"
+    assert "request b[0] preempted" in caplog.text
+    assert scheduler.num_preemptions == second.num_preemptions == 1
+    while not first.status.is_finished:
+        run(scheduler)
+    run(scheduler)
+    assert second.output_token_ids == [7, 7, 7]
+    assert second.num_cached_tokens > 0, "its blocks were still there"
+
+
+def test_a_newcomer_leaves_the_watermark_free_unless_alone() -> None:
+    scheduler = make_scheduler(num_blocks=10, block_size=4, budget=64, watermark=0.3)
+    add(scheduler, "a", 12)
+    add(scheduler, "b", 16)
+    assert planned(run(scheduler)) == [("a", 0, 12)], "b would leave fewer than three blocks"
+    alone = make_scheduler(num_blocks=10, block_size=4, budget=64, watermark=0.3)
+    add(alone, "a", 36, max_tokens=1)
+    assert planned(run(alone)) == [("a", 0, 36)]
+
+
+def test_a_heir_computes_the_prompt_when_the_first_completion_ends_early() -> None:
+    scheduler = make_scheduler(num_blocks=40, block_size=4, budget=4)
+    first, second, third = add(scheduler, "a", 10, n=3)
+    run(scheduler)
+    scheduler.finish(first, RequestStatus.FINISHED_ABORTED)
+    scheduler.finish(third, RequestStatus.FINISHED_ABORTED)
+    scheduler.check_invariants()
+    while scheduler.has_unfinished:
+        run(scheduler)
+    assert [len(r.output_token_ids) for r in (first, second, third)] == [0, 4, 0]
+    assert second.status is RequestStatus.FINISHED_LENGTH
+
+
+def test_a_failed_step_publishes_nothing() -> None:
+    scheduler = make_scheduler(num_blocks=40, block_size=4, budget=64)
+    prompt = list(range(12))
+    (first,) = add(scheduler, "a", prompt)
+    assert scheduler.fail(scheduler.schedule()) == [first]
+    assert first.status is RequestStatus.FINISHED_ERROR
+    (second,) = add(scheduler, "b", prompt)
+    assert planned(run(scheduler)) == [("b", 0, 12)]
+    assert second.num_cached_tokens == 0
+
+
+def test_a_step_of_many_rows_is_planned_quickly() -> None:
+    """A sanity bound far above what it takes (benchmarks measure it): nothing quadratic, nothing by position."""
+    scheduler = make_scheduler(num_blocks=20_000, block_size=16, max_num_seqs=64, budget=4096)
+    for i in range(64):
+        add(scheduler, str(i), 60, max_tokens=400)
+    run(scheduler)
+    started = time.process_time()
+    for _ in range(200):
+        scheduler.update(scheduler.schedule(), [7] * 64)
+    assert (time.process_time() - started) / 200 < 5e-3
