@@ -11,6 +11,7 @@ The function runs on an XLA thread without the GIL: it must raise nothing and to
 
 import ctypes
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,8 @@ def _api_version() -> int:
 
 
 _registered: dict[str, Any] = {}
+# Programs are compiled by several threads at once, and XLA refuses a second handler under one name.
+_registering = threading.Lock()
 
 
 def register(name: str, function: Any) -> None:
@@ -134,8 +137,13 @@ def register(name: str, function: Any) -> None:
       name: target name for ``jax.ffi.ffi_call``.
       function: a ``numba.njit`` function; it writes the result buffers.
     """
-    if name in _registered:
-        return
+    with _registering:
+        if name not in _registered:
+            _registered[name] = _compile_and_register(name, function)
+
+
+def _compile_and_register(name: str, function: Any) -> Any:
+    """The compiled handler; its machine code lives as long as this object."""
     version = _api_version()
 
     def handler(frame: int) -> int:
@@ -153,4 +161,4 @@ def register(name: str, function: Any) -> None:
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     jax.ffi.register_ffi_target(name, capsule(compiled.address, None, None), platform="cpu")
-    _registered[name] = compiled  # the machine code lives as long as this object
+    return compiled

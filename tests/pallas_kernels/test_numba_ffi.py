@@ -1,5 +1,8 @@
 """Functions compiled by numba inside of XLA programs."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numba
@@ -44,3 +47,22 @@ def test_a_registered_function_runs_inside_a_program() -> None:
         by = jnp.arange(rows, dtype=jnp.int32)
         expected = (2 * (2 * x + by[:, None] + 1) + by[:, None]).sum(axis=1)
         np.testing.assert_array_equal(program(x, by), expected)
+
+
+@numba.njit
+def nothing(frame):  # type: ignore[no-untyped-def]
+    """Writes no result."""
+
+
+def test_threads_that_register_one_name_agree() -> None:
+    """A warm-up compiles in several threads; XLA refuses a second handler under the same name."""
+    jax.devices()  # before this, registrations only queue up
+    together = threading.Barrier(4)
+
+    def register_together() -> None:
+        together.wait()
+        register("test_registered_by_threads", nothing)
+
+    with ThreadPoolExecutor(4) as threads:
+        for result_of_one in [threads.submit(register_together) for _ in range(4)]:
+            result_of_one.result()
