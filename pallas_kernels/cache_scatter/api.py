@@ -1,30 +1,61 @@
 """Cache scatter: the keys and values of a step go to their slots of the pool, in place."""
 
+from collections.abc import Callable
+
 import jax
-import jax.numpy as jnp
 
 from jaxpaged.pallas_kernels.batch import KVPool
+from jaxpaged.pallas_kernels.cache_scatter.reference import cache_scatter_reference
+from jaxpaged.pallas_kernels.cache_scatter.xla import cache_scatter_xla
+from jaxpaged.pallas_kernels.pool_moves import best_implementation
 
 
-def cache_scatter(kv_pool: KVPool, k: jax.Array, v: jax.Array, layer: int, slots: jax.Array) -> KVPool:
+def _mosaic_gpu(kv_pool: KVPool, k: jax.Array, v: jax.Array, layer: int, slots: jax.Array) -> KVPool:
+    # Imported where it is used: Mosaic GPU takes a quarter of a second to load.
+    from jaxpaged.pallas_kernels.cache_scatter.mosaic_gpu import cache_scatter_mosaic_gpu
+
+    return cache_scatter_mosaic_gpu(kv_pool, k, v, layer, slots)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[KVPool, jax.Array, jax.Array, int, jax.Array], KVPool]] = {
+    "reference": cache_scatter_reference,
+    "xla": cache_scatter_xla,
+    "mosaic_gpu": _mosaic_gpu,
+}
+
+
+def cache_scatter(
+    kv_pool: KVPool,
+    k: jax.Array,
+    v: jax.Array,
+    layer: int,
+    slots: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> KVPool:
     """Writes one key and value per token into the pool.
 
-    In place when the pool's buffers are donated to the surrounding program (XLA scatter, no copy; a test reads
-    the compiled memory analysis). Padding tokens carry slot 0 and land in the dummy block.
+    In place when the pool's buffers are donated to the surrounding program; a test reads the compiled memory
+    analysis. Padding tokens carry slot 0. What the dummy block holds afterwards is up to the implementation;
+    nothing else that has no slot here is touched.
 
     Args:
       kv_pool: see ``KVPool``.
-      k, v: ``[T, Hkv, D]``, cast to the pool's dtype.
+      k, v: float ``[T, Hkv, D]``, cast to the pool's dtype.
       layer: which layer of the pool.
-      slots: int32 ``[T]``, ``block_id * S + offset``; the host checks their range.
+      slots: int32 ``[T]``, ``block_id * S + offset``; the host checks their range. Those outside the dummy block
+        are distinct.
+      implementation: ``"reference"`` (outside of jit only), ``"xla"``, ``"mosaic_gpu"``, or None for the best one
+        here.
 
     Returns:
       The pool after the writes.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes that do not fit, an unknown implementation, a layer out of range.
+      NotImplementedError: a named implementation cannot take this call; it says why and never falls back.
     """
-    _, num_kv_heads, block_size, head_dim = kv_pool.k.shape
+    _, num_kv_heads, _, head_dim = kv_pool.k.shape
     if k.shape != v.shape or k.shape[1:] != (num_kv_heads, head_dim) or slots.shape != k.shape[:1]:
         raise ValueError(
             f"cache_scatter: k.shape={k.shape}, v.shape={v.shape}, slots.shape={slots.shape} do not fit "
@@ -32,22 +63,10 @@ def cache_scatter(kv_pool: KVPool, k: jax.Array, v: jax.Array, layer: int, slots
         )
     if not 0 <= layer < kv_pool.num_layers:
         raise ValueError(f"cache_scatter: layer={layer} is not in [0, {kv_pool.num_layers})")
-    blocks = (layer * kv_pool.num_blocks + slots // block_size)[:, None]
-    heads, offsets = jnp.arange(num_kv_heads)[None, :], (slots % block_size)[:, None]
-
-    def write(pool: jax.Array, new: jax.Array) -> jax.Array:
-        return pool.at[blocks, heads, offsets].set(new.astype(pool.dtype), mode="promise_in_bounds")
-
-    return KVPool(write(kv_pool.k, k), write(kv_pool.v, v), kv_pool.num_layers)
-
-
-def cache_scatter_reference(
-    kv_pool: KVPool, k: jax.Array, v: jax.Array, layer: int, slots: jax.Array
-) -> KVPool:
-    """The same, token by token: the oracle."""
-    pool_k, pool_v = kv_pool.k, kv_pool.v
-    for token, slot in enumerate(slots.tolist()):
-        block, offset = layer * kv_pool.num_blocks + slot // kv_pool.block_size, slot % kv_pool.block_size
-        pool_k = pool_k.at[block, :, offset].set(k[token].astype(pool_k.dtype))
-        pool_v = pool_v.at[block, :, offset].set(v[token].astype(pool_v.dtype))
-    return KVPool(pool_k, pool_v, kv_pool.num_layers)
+    if implementation is None:
+        implementation = best_implementation("cache_scatter", kv_pool)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"cache_scatter: implementation={implementation!r} is none of {sorted(IMPLEMENTATIONS)}"
+        )
+    return IMPLEMENTATIONS[implementation](kv_pool, k, v, layer, slots)

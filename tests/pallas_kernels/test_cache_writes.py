@@ -1,4 +1,4 @@
-"""Writing to the pool and copying blocks inside it: the right slots, in place."""
+"""Writing to the pool and moving its blocks, in every implementation that runs here: the right slots, in place."""
 
 from collections.abc import Callable
 
@@ -7,52 +7,58 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpaged.pallas_kernels import KVPool, cache_scatter, copy_blocks
-from jaxpaged.pallas_kernels.cache_scatter import cache_scatter_reference
+from jaxpaged.pallas_kernels import KVPool, cache_scatter, copy_blocks, gather_blocks, scatter_blocks
+from tests.pallas_kernels.pool_oracle import (
+    after_block_writes,
+    after_scatter,
+    blocks_of,
+    changed_slots,
+    check_equal,
+    distinct_slots,
+    random_pair,
+    random_pool,
+)
 
 LAYERS, BLOCKS, HEADS, SIZE, DIM = 3, 6, 2, 4, 8
 FLOAT32 = jnp.dtype("float32")
+HERE = ["reference", "xla", None]
 
 
-def random_pool(dtype: jnp.dtype = FLOAT32) -> KVPool:
-    rng = np.random.default_rng(0)
-    shape = (LAYERS * BLOCKS, HEADS, SIZE, DIM)
-    return KVPool(*(jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2)), LAYERS)
+def make_pool(dtype: str = "float32") -> KVPool:
+    return random_pool(
+        num_layers=LAYERS,
+        num_blocks=BLOCKS,
+        num_kv_heads=HEADS,
+        block_size=SIZE,
+        head_dim=DIM,
+        dtype=dtype,
+    )
 
 
-def random_tokens(count: int) -> tuple[jax.Array, jax.Array]:
-    rng = np.random.default_rng(1)
-    k, v = (jnp.asarray(rng.standard_normal((count, HEADS, DIM)), jnp.float32) for _ in range(2))
-    return k, v
+def make_tokens(count: int) -> tuple[jax.Array, jax.Array]:
+    return random_pair((count, HEADS, DIM))
 
 
-def equal(one: KVPool, other: KVPool) -> None:
-    np.testing.assert_array_equal(np.asarray(one.k, np.float32), np.asarray(other.k, np.float32))
-    np.testing.assert_array_equal(np.asarray(one.v, np.float32), np.asarray(other.v, np.float32))
-
-
+@pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("layer", range(LAYERS))
-def test_scatter_equals_token_by_token(layer: int, dtype: str) -> None:
-    pool = random_pool(jnp.dtype(dtype))
-    slots = jnp.asarray(np.random.default_rng(layer).permutation(BLOCKS * SIZE)[:9], jnp.int32)
-    k, v = random_tokens(9)
-    written = cache_scatter(pool, k, v, layer, slots)
-    equal(written, cache_scatter_reference(pool, k, v, layer, slots))
-    block, offset = int(slots[0]) // SIZE, int(slots[0]) % SIZE
-    np.testing.assert_array_equal(written.k[layer * BLOCKS + block, :, offset], k[0].astype(dtype))
-    np.testing.assert_array_equal(written.v[layer * BLOCKS + block, :, offset], v[0].astype(dtype))
+def test_scatter_writes_each_token_to_its_slot(layer: int, dtype: str, implementation: str | None) -> None:
+    pool = make_pool(dtype)
+    slots = distinct_slots(pool, 9)
+    k, v = make_tokens(9)
+    written = cache_scatter(pool, k, v, layer, jnp.asarray(slots), implementation=implementation)
+    check_equal(written, after_scatter(pool, k, v, layer, slots))
+    assert written.num_layers == LAYERS
 
 
-def test_padding_touches_only_the_dummy_of_its_layer() -> None:
-    pool = random_pool()
-    k, v = random_tokens(7)
+@pytest.mark.parametrize("implementation", HERE)
+def test_padding_touches_only_the_dummy_of_its_layer(implementation: str | None) -> None:
+    pool = make_pool()
+    k, v = make_tokens(7)
     slots = jnp.array([9, 13, 0, 0, 0, 0, 0], jnp.int32)
-    written = cache_scatter(pool, k, v, 1, slots)
-    for before, after in ((pool.k, written.k), (pool.v, written.v)):
-        changed = np.argwhere((np.asarray(before) != np.asarray(after)).any(axis=(1, 3)))
-        dummy = BLOCKS
-        assert {tuple(place) for place in changed.tolist()} == {(dummy, 0), (BLOCKS + 2, 1), (BLOCKS + 3, 1)}
+    changed = changed_slots(pool, cache_scatter(pool, k, v, 1, slots, implementation=implementation))
+    dummy = BLOCKS
+    assert changed - {(dummy, 0)} == {(BLOCKS + 2, 1), (BLOCKS + 3, 1)}
 
 
 @pytest.mark.parametrize(
@@ -66,33 +72,79 @@ def test_padding_touches_only_the_dummy_of_its_layer() -> None:
 )
 def test_scatter_refuses_shapes(k: tuple[int, ...], v: tuple[int, ...], slots: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"cache_scatter: k\.shape="):
-        cache_scatter(random_pool(), jnp.zeros(k), jnp.zeros(v), 0, jnp.zeros(slots, jnp.int32))
+        cache_scatter(make_pool(), jnp.zeros(k), jnp.zeros(v), 0, jnp.zeros(slots, jnp.int32))
 
 
 @pytest.mark.parametrize("layer", [-1, LAYERS])
 def test_scatter_refuses_a_layer(layer: int) -> None:
     with pytest.raises(ValueError, match=f"layer={layer} is not in"):
-        cache_scatter(random_pool(), *random_tokens(1), layer, jnp.zeros(1, jnp.int32))
+        cache_scatter(make_pool(), *make_tokens(1), layer, jnp.zeros(1, jnp.int32))
 
 
-def test_copy_moves_whole_blocks_in_every_layer() -> None:
+@pytest.mark.parametrize("implementation", HERE)
+def test_copy_moves_whole_blocks_in_every_layer(implementation: str | None) -> None:
     """A chain and a swap: all sources are read before any target is written. Padding does nothing."""
-    pool = random_pool()
-    pairs = [(1, 2), (2, 3), (4, 5), (5, 4), (0, 0), (0, 0)]
-    sources, targets = (jnp.array(ids, jnp.int32) for ids in zip(*pairs, strict=True))
-    copied = copy_blocks(pool, sources, targets)
-    for before, after in ((pool.k, copied.k), (pool.v, copied.v)):
-        expected = np.array(before)
-        for layer in range(LAYERS):
-            for source, target in pairs:
-                expected[layer * BLOCKS + target] = np.asarray(before)[layer * BLOCKS + source]
-        np.testing.assert_array_equal(after, expected)
+    pool = make_pool()
+    sources, targets = [1, 2, 4, 5, 0, 0], [2, 3, 5, 4, 0, 0]
+    copied = copy_blocks(pool, jnp.array(sources), jnp.array(targets), implementation=implementation)
+    check_equal(copied, after_block_writes(pool, targets, *blocks_of(pool, sources)))
+
+
+@pytest.mark.parametrize("implementation", HERE)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gathered_blocks_are_those_asked_for(dtype: str, implementation: str | None) -> None:
+    pool, block_ids = make_pool(dtype), [5, 1, 0, 4, 0]
+    gathered = gather_blocks(pool, jnp.array(block_ids), implementation=implementation)
+    for array, expected in zip(gathered, blocks_of(pool, block_ids), strict=True):
+        assert array.dtype == pool.k.dtype
+        np.testing.assert_array_equal(array, expected)
+
+
+@pytest.mark.parametrize("implementation", HERE)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_scattered_blocks_replace_those_named(dtype: str, implementation: str | None) -> None:
+    pool, block_ids = make_pool(dtype), [5, 1, 0, 4, 0]
+    k, v = random_pair((LAYERS, len(block_ids), HEADS, SIZE, DIM), dtype)
+    written = scatter_blocks(pool, jnp.array(block_ids), k, v, implementation=implementation)
+    check_equal(written, after_block_writes(pool, block_ids, k, v))
+
+
+@pytest.mark.parametrize("implementation", HERE)
+def test_blocks_that_go_out_come_back_to_other_places(implementation: str | None) -> None:
+    pool, out_of, into = make_pool("bfloat16"), [3, 1], [2, 5]
+    emptied = KVPool(jnp.zeros_like(pool.k), jnp.zeros_like(pool.v), LAYERS)
+    staged = gather_blocks(pool, jnp.array(out_of), implementation=implementation)
+    back = scatter_blocks(emptied, jnp.array(into), *staged, implementation=implementation)
+    for array, expected in zip(blocks_of(back, into), blocks_of(pool, out_of), strict=True):
+        np.testing.assert_array_equal(array, expected)
 
 
 @pytest.mark.parametrize(("sources", "targets"), [((2,), (3,)), ((2, 1), (2, 1)), ((), ())])
 def test_copy_refuses_shapes(sources: tuple[int, ...], targets: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"copy_blocks: sources\.shape="):
-        copy_blocks(random_pool(), jnp.zeros(sources, jnp.int32), jnp.zeros(targets, jnp.int32))
+        copy_blocks(make_pool(), jnp.zeros(sources, jnp.int32), jnp.zeros(targets, jnp.int32))
+
+
+@pytest.mark.parametrize("shape", [(), (2, 1)])
+def test_gather_refuses_shapes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"gather_blocks: block_ids\.shape="):
+        gather_blocks(make_pool(), jnp.zeros(shape, jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("block_ids", "k", "v"),
+    [
+        ((2, 1), (LAYERS, 2, HEADS, SIZE, DIM), (LAYERS, 2, HEADS, SIZE, DIM)),
+        ((3,), (LAYERS, 2, HEADS, SIZE, DIM), (LAYERS, 3, HEADS, SIZE, DIM)),
+        ((3,), (LAYERS, 3, HEADS, SIZE, DIM), (LAYERS, 3, SIZE, HEADS, DIM)),
+        ((3,), (LAYERS - 1, 3, HEADS, SIZE, DIM), (LAYERS - 1, 3, HEADS, SIZE, DIM)),
+    ],
+)
+def test_block_scatter_refuses_shapes(
+    block_ids: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match=r"scatter_blocks: block_ids\.shape="):
+        scatter_blocks(make_pool(), jnp.zeros(block_ids, jnp.int32), jnp.zeros(k), jnp.zeros(v))
 
 
 def scatter_all_layers(pool: KVPool, k: jax.Array, v: jax.Array, slots: jax.Array) -> KVPool:
@@ -101,18 +153,22 @@ def scatter_all_layers(pool: KVPool, k: jax.Array, v: jax.Array, slots: jax.Arra
     return pool
 
 
-def scatter_arguments() -> tuple[jax.ShapeDtypeStruct, ...]:
-    tokens = jax.ShapeDtypeStruct((8, 4, 32), jnp.float32)
-    return tokens, tokens, jax.ShapeDtypeStruct((8,), jnp.int32)
+def array(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
 @pytest.mark.parametrize(
     ("function", "arguments", "moved"),
     [
-        (scatter_all_layers, scatter_arguments(), 4 * 8 * 4 * 32),
-        (copy_blocks, (jax.ShapeDtypeStruct((4,), jnp.int32),) * 2, 4 * 2 * 4 * 16 * 32),
+        (scatter_all_layers, (array(8, 4, 32), array(8, 4, 32), array(8, dtype="int32")), 4 * 8 * 4 * 32),
+        (copy_blocks, (array(4, dtype="int32"),) * 2, 4 * 2 * 4 * 16 * 32),
+        (
+            scatter_blocks,
+            (array(4, dtype="int32"), array(2, 4, 4, 16, 32), array(2, 4, 4, 16, 32)),
+            4 * 2 * 4 * 16 * 32,
+        ),
     ],
-    ids=["scatter", "copy"],
+    ids=["scatter", "copy", "scatter blocks"],
 )
 def test_a_donated_pool_is_changed_in_place(
     function: Callable[..., KVPool], arguments: tuple[jax.ShapeDtypeStruct, ...], moved: int
