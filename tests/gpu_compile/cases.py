@@ -4,16 +4,23 @@ Building is lazy: a case is built in the process that compiles it, and one that 
 ``UnavailableError``.
 """
 
-from tests.gpu_compile import planted_cases, pool_cases
+from tests.gpu_compile import attention_cases, engine_cases, planted_cases, pool_cases
 from tests.gpu_compile.case import CompileCase
 
-_SOUND = (planted_cases.SOUND, *pool_cases.CASES)
 
-CASES: dict[str, CompileCase] = {case.name: case for case in _SOUND}
-PLANTED: dict[str, CompileCase] = {case.name: case for case in planted_cases.FAULTY}
-assert len(CASES) == len(_SOUND), "two cases have one name"
+def _by_name(*cases: CompileCase) -> dict[str, CompileCase]:
+    named = {case.name: case for case in cases}
+    assert len(named) == len(cases), "two cases have one name"
+    return named
+
+
+# What the tests compile.
+CASES = _by_name(planted_cases.SOUND, *pool_cases.CASES, *attention_cases.CASES, *engine_cases.CASES)
+
+# Compiled only where they are asked for: those with planted faults, and every combination of settings.
+ON_REQUEST = _by_name(*planted_cases.FAULTY, *attention_cases.every_combination())
 
 
 def find_case(name: str) -> CompileCase:
-    """A case by name, with planted faults or without."""
-    return PLANTED[name] if name in PLANTED else CASES[name]
+    """A case of either kind."""
+    return ON_REQUEST[name] if name in ON_REQUEST else CASES[name]

@@ -92,17 +92,20 @@ def large_writes(text: str, min_bytes: int) -> list[str]:
 
 
 def _is_in_place(instruction: Instruction, computations: dict[str, dict[str, Instruction]]) -> bool:
-    if instruction.opcode == "custom-call":
-        return "output_to_operand_aliasing" in instruction.rest
     if instruction.opcode == "fusion":
         body = computations.get(instruction.called or "", {})
         roots = [i for i in body.values() if i.is_root]
         return bool(roots) and _root_is_in_place(roots[0], body)
-    return instruction.opcode in _IN_PLACE
+    return instruction.opcode in _IN_PLACE or _is_aliased_call(instruction)
 
 
 def _root_is_in_place(root: Instruction, body: dict[str, Instruction]) -> bool:
-    """Whether a fusion's result is an update in place, seen through bitcasts and tuples."""
-    if root.opcode in ("bitcast", "tuple"):
+    """Whether a fusion's result is an update in place, seen through what only passes buffers on."""
+    if root.opcode in ("bitcast", "tuple", "get-tuple-element"):
         return all(_root_is_in_place(body[name], body) for name in root.operands if name in body)
-    return root.opcode in ("dynamic-update-slice", "scatter")
+    return root.opcode in ("dynamic-update-slice", "scatter") or _is_aliased_call(root)
+
+
+def _is_aliased_call(instruction: Instruction) -> bool:
+    """Whether it is a kernel that writes into its operands; XLA wraps one whose operands are slices in a fusion."""
+    return instruction.opcode == "custom-call" and "output_to_operand_aliasing" in instruction.rest

@@ -35,7 +35,7 @@ def int32(*shape: int) -> Any:
 
 
 def taking(function: Any, implementation: str | None) -> Any:
-    """The function with a named implementation; the plain one is what it does without."""
+    """The function with a named implementation."""
     if implementation is None:
         return function
     if "implementation" not in inspect.signature(function).parameters:
@@ -69,9 +69,9 @@ IN_PLACE = Expects(updates_in_place=True)
 MOSAIC = Expects(updates_in_place=True, min_kernels=1)
 
 CASES = (
-    CompileCase("scatter-xla-decode", partial(scatter_program, None, 64), ALL_TARGETS, IN_PLACE),
-    CompileCase("scatter-xla-prefill", partial(scatter_program, None, 2048), ("h200",), IN_PLACE),
-    CompileCase("copy-xla", partial(copy_program, None), ("h200", "a100"), IN_PLACE),
+    CompileCase("scatter-xla-decode", partial(scatter_program, "xla", 64), ALL_TARGETS, IN_PLACE),
+    CompileCase("scatter-xla-prefill", partial(scatter_program, "xla", 2048), ("h200",), IN_PLACE),
+    CompileCase("copy-xla", partial(copy_program, "xla"), ("h200", "a100"), IN_PLACE),
     CompileCase("scatter-mosaic-decode", partial(scatter_program, "mosaic_gpu", 64), ALL_TARGETS, MOSAIC),
     CompileCase("scatter-mosaic-prefill", partial(scatter_program, "mosaic_gpu", 2048), ("h200",), MOSAIC),
     *(

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu_compile import expectations, worker
-from tests.gpu_compile.cases import CASES, PLANTED, find_case
+from tests.gpu_compile.cases import CASES, ON_REQUEST, find_case
 from tests.gpu_compile.targets import TARGETS, missing_reason
 
 TIMEOUT = 240.0  # seconds of one case; the slowest known takes some twenty
@@ -32,12 +32,12 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
 def select(patterns: list[str], target: str) -> list[str]:
-    """Names of the cases of a target that fit any pattern; without patterns all but those with planted faults."""
+    """Names of the cases of a target that fit any pattern; without patterns those of the tests."""
     if not patterns:
         return [case.name for case in CASES.values() if target in case.targets]
     fitting = [
         case
-        for case in (CASES | PLANTED).values()
+        for case in (CASES | ON_REQUEST).values()
         if any(fnmatch.fnmatchcase(case.name, p) for p in patterns)
     ]
     return [case.name for case in fitting if target in case.targets]

@@ -1,0 +1,201 @@
+"""Cases of paged attention: both forms of the Mosaic GPU kernel over shapes and variants, and the XLA baseline."""
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpaged.pallas_kernels import AttentionBatch, AttentionVariant, KVPool, paged_attention
+from jaxpaged.pallas_kernels.mosaic_gpu import gpu_target
+from tests.gpu_compile.case import ALL_TARGETS, CompileCase, Expects, Program, UnavailableError
+from tests.gpu_compile.pairwise import pairwise
+from tests.gpu_compile.pool_cases import NUM_LAYERS, int32, pool_shape
+
+MAX_LEN = 8192
+POOL_ARRAY_BYTES = 2**30
+PACKAGE = "jaxpaged.pallas_kernels.paged_attention"
+
+# Query tokens and rows of a batch.
+BATCHES = {"decode": (64, 64), "mixed": (512, 32)}
+
+# Shapes of the arrays that a variant closes over, and the variant over them; Hq is the number of heads.
+Make = Callable[..., AttentionVariant]
+VARIANTS: dict[str, tuple[tuple[tuple[str, ...], ...], Make]] = {
+    "plain": ((), lambda: AttentionVariant()),
+    "cap": ((), lambda: AttentionVariant(logit_soft_cap=30.0)),
+    "window": ((), lambda: AttentionVariant(sliding_window=1024)),
+    "sinks": ((("float32", "Hq"),), lambda sinks: AttentionVariant(sinks=sinks)),
+    "alibi": (
+        (("float32", "Hq"),),
+        lambda slopes: AttentionVariant(
+            score_mod=lambda score, row, head, q_pos, kv_pos: score - slopes[head] * (q_pos - kv_pos)
+        ),
+    ),
+    "documents": (
+        (("int32", "B", "M"),),
+        lambda ids: AttentionVariant(
+            mask_mod=lambda row, head, q_pos, kv_pos: ids[row, kv_pos] == ids[row, q_pos]
+        ),
+    ),
+}
+
+AXES: dict[str, tuple[Any, ...]] = {
+    "variant": tuple(VARIANTS),
+    "head_dim": (128, 64, 96, 192, 256),
+    "block_size": (16, 32, 64, 128),
+    "heads": ((32, 8), (64, 8), (16, 16), (32, 1)),
+    "dtype": ("bfloat16", "float16"),
+}
+
+EXPECTED = {
+    "mma": Expects(min_kernels=1, instructions=frozenset({"mma.sync", "ldmatrix"}), has_async_copies=True),
+    "wgmma": Expects(min_kernels=1, instructions=frozenset({"wgmma.mma_async"}), has_async_copies=True),
+    "auto": Expects(min_kernels=1, has_async_copies=True),
+}
+
+
+def attention_batch(num_tokens: int, num_rows: int, block_size: int) -> AttentionBatch:
+    """An abstract batch."""
+    return AttentionBatch(
+        block_tables=int32(num_rows, MAX_LEN // block_size),
+        seq_lens=int32(num_rows),
+        query_start_loc=int32(num_rows + 1),
+        rows=int32(num_tokens),
+        positions=int32(num_tokens),
+        slots=int32(num_tokens),
+    )
+
+
+def attention_program(
+    form: str,
+    batch: str = "decode",
+    *,
+    variant: str = "plain",
+    head_dim: int = 128,
+    block_size: int = 16,
+    heads: tuple[int, int] = (32, 8),
+    dtype: str = "bfloat16",
+    deterministic: bool = False,
+) -> Program:
+    """Attention in layer 1 of a pool of 1 GiB for keys and as much for values, which is not donated.
+
+    Args:
+      form: ``"mma"`` or ``"wgmma"`` of the Mosaic GPU kernel, ``"auto"`` for what it takes by itself, or ``"xla"``.
+      batch: of ``BATCHES``.
+      variant: of ``VARIANTS``.
+      head_dim, block_size, dtype: of the pool.
+      heads: Hq and Hkv.
+      deterministic: as of the Mosaic GPU kernel.
+    """
+    num_tokens, num_rows = BATCHES[batch]
+    num_heads, num_kv_heads = heads
+    num_blocks = POOL_ARRAY_BYTES // (2 * NUM_LAYERS * num_kv_heads * block_size * head_dim)
+    kv_pool = pool_shape(
+        num_kv_heads=num_kv_heads,
+        block_size=block_size,
+        head_dim=head_dim,
+        dtype=dtype,
+        num_blocks=num_blocks,
+    )
+    extents = {"Hq": num_heads, "B": num_rows, "M": MAX_LEN}
+    shapes, make = VARIANTS[variant]
+    arrays = tuple(
+        jax.ShapeDtypeStruct(tuple(extents[letter] for letter in letters), jnp.dtype(name))
+        for name, *letters in shapes
+    )
+    attend = paged_attention_of(form, deterministic)
+
+    def program(
+        q: jax.Array, kv_pool: KVPool, batch: AttentionBatch, arrays: tuple[jax.Array, ...]
+    ) -> jax.Array:
+        return attend(q, kv_pool, 1, batch, make(*arrays))
+
+    q = jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), kv_pool.k.dtype)
+    return Program(program, (q, kv_pool, attention_batch(num_tokens, num_rows, block_size), arrays))
+
+
+def paged_attention_of(form: str, deterministic: bool) -> Callable[..., jax.Array]:
+    """Paged attention in a given form."""
+    if form == "xla":
+        return lambda q, pool, layer, batch, variant: paged_attention(
+            q, pool, layer, batch, variant=variant, implementation="xla"
+        )
+    try:
+        mosaic = importlib.import_module(f"{PACKAGE}.mosaic_gpu").paged_attention_mosaic_gpu
+        importlib.import_module(f"{PACKAGE}.tuning")
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"the Mosaic GPU attention kernel cannot be imported: {error}") from error
+
+    def attend(
+        q: jax.Array, kv_pool: KVPool, layer: int, batch: AttentionBatch, variant: AttentionVariant
+    ) -> jax.Array:
+        config = None if form == "auto" else config_in_form(form, q, kv_pool, batch)
+        return mosaic(q, kv_pool, layer, batch, variant, deterministic=deterministic, config=config)
+
+    return attend
+
+
+def config_in_form(form: str, q: jax.Array, kv_pool: KVPool, batch: AttentionBatch) -> Any:
+    """The sizes that the kernel takes by itself where they are of that form, else the smallest of the form."""
+    from jaxpaged.pallas_kernels.paged_attention.tuning import CallShape, MosaicConfig, config_for
+
+    target = gpu_target()
+    assert target is not None
+    num_rows, table_width = batch.block_tables.shape
+    _, num_kv_heads, block_size, head_dim = kv_pool.k.shape
+    shape = CallShape(
+        q.shape[0], num_rows, q.shape[1], num_kv_heads, head_dim, block_size, table_width * block_size
+    )
+    config = config_for(target, shape, q.dtype)
+    if config.form == form:
+        return config
+    if form == "wgmma":
+        return MosaicConfig(form="wgmma", tile_kv=64, stages=2, ctas_per_sm=1, tile_m=64)
+    return MosaicConfig(form="mma", tile_kv=32, stages=2, ctas_per_sm=1, tile_m=16)
+
+
+def name_of(form: str, settings: dict[str, Any]) -> str:
+    """``attention-mma-plain-d128-s16-h32x8-bfloat16``."""
+    num_heads, num_kv_heads = settings["heads"]
+    words = (form, settings["variant"], f"d{settings['head_dim']}", f"s{settings['block_size']}")
+    return "-".join(["attention", *words, f"h{num_heads}x{num_kv_heads}", settings["dtype"]])
+
+
+def _decode(form: str, settings: dict[str, Any], targets: tuple[str, ...]) -> CompileCase:
+    build = partial(attention_program, form, **settings)
+    return CompileCase(name_of(form, settings), build, targets, EXPECTED[form])
+
+
+def _special(form: str, targets: tuple[str, ...], batch: str, **options: Any) -> CompileCase:
+    words = [key if value is True else str(value) for key, value in options.items()]
+    build = partial(attention_program, form, batch, **options)
+    name = "-".join(["attention", form, batch, *words])
+    return CompileCase(name, build, targets, EXPECTED.get(form, Expects()))
+
+
+_PAIRS = pairwise(AXES)
+CASES = (
+    _special("xla", ("h200", "a100"), "decode"),
+    _special("xla", ("h200",), "mixed", variant="alibi"),
+    *(_decode("mma", settings, ALL_TARGETS) for settings in _PAIRS),
+    *(_decode("wgmma", settings, ("h200",)) for settings in _PAIRS),
+    _special("auto", ALL_TARGETS, "decode", deterministic=True),
+    _special("auto", ALL_TARGETS, "mixed"),
+    *(
+        _special(form, ("h200",), "mixed", variant=variant)
+        for form in ("mma", "wgmma")
+        for variant in ("alibi", "documents")
+    ),
+)
+
+
+def every_combination() -> list[CompileCase]:
+    """The whole product of settings: too much for every run, there for a release or a doubt."""
+    combinations = [dict(zip(AXES, values, strict=True)) for values in product(*AXES.values())]
+    cases = [_decode("mma", c, ALL_TARGETS) for c in combinations]
+    cases += [_decode("wgmma", c, ("h200",)) for c in combinations]
+    return [CompileCase(f"every-{c.name}", c.build, c.targets, c.expects) for c in cases]
