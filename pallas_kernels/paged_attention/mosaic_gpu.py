@@ -1,0 +1,239 @@
+"""Paged attention on NVIDIA GPUs: Pallas kernels on Mosaic GPU, from Ampere on.
+
+Four launches: queries are packed into tiles and results unpacked by XLA; between these, one kernel attends every
+item of a work list (``mosaic_plan``), in one of two forms (``mosaic_mma``, ``mosaic_wgmma``), and one joins the
+partial results (``mosaic_combine``). Everything but these kernels is shared by all layers of a step.
+
+Any ragged batch is taken. A prompt's queries are cut into tiles of a few tokens, each of which reads the row's
+keys again: right, and quick enough for short chunks.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpaged.pallas_kernels.batch import AttentionBatch, KVPool
+from jaxpaged.pallas_kernels.mosaic_gpu import INTERPRETED, GpuTarget, gpu_target, unsupported_device_reason
+from jaxpaged.pallas_kernels.paged_attention.mosaic_combine import combine
+from jaxpaged.pallas_kernels.paged_attention.mosaic_launch import attend_items
+from jaxpaged.pallas_kernels.paged_attention.mosaic_mma import MMA
+from jaxpaged.pallas_kernels.paged_attention.mosaic_operands import pack_operands, split_mods, too_large_reason
+from jaxpaged.pallas_kernels.paged_attention.mosaic_plan import WorkPlan, make_plan, max_tiles
+from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import TileShape
+from jaxpaged.pallas_kernels.paged_attention.mosaic_wgmma import WGMMA
+from jaxpaged.pallas_kernels.paged_attention.tuning import CallShape, MosaicConfig, config_for
+from jaxpaged.pallas_kernels.variant import AttentionVariant, VariantSpec
+
+HEAD_DIMS = (64, 96, 128, 192, 256)
+BLOCK_SIZES = (16, 32, 64, 128)
+MAX_GROUP = 64
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What of a call is static: with equal ones, all layers of a program share one lowered function."""
+
+    spec: VariantSpec
+    config: MosaicConfig
+    target: GpuTarget
+    deterministic: bool
+    interpret: Any
+
+
+def paged_attention_mosaic_gpu(
+    q: jax.Array,
+    kv_pool: KVPool,
+    layer: int,
+    batch: AttentionBatch,
+    variant: AttentionVariant,
+    *,
+    deterministic: bool = False,
+    config: MosaicConfig | None = None,
+    interpret: Any = None,
+    target: GpuTarget | None = None,
+) -> jax.Array:
+    """Attention over the pool in place; arguments as in ``paged_attention``.
+
+    Args:
+      q: bfloat16 or float16 ``[T, Hq, D]``, of the pool's dtype.
+      kv_pool: see ``KVPool``.
+      layer: which layer of the pool.
+      batch: see ``AttentionBatch``.
+      variant: see ``AttentionVariant``.
+      deterministic: a row's result has the same bits whatever else is in the batch.
+      config: tile sizes; chosen for the device and the shapes if None.
+      interpret: a ``plgpu.InterpretGPUParams``: run on the CPU, for tests.
+      target: the GPU to build for, the default device if None.
+
+    Raises:
+      NotImplementedError: no GPU, or a shape, dtype or variant outside of what the kernels take.
+    """
+    if target is None:
+        target = INTERPRETED if interpret is not None else gpu_target()
+    reason = unsupported_reason(target, q, kv_pool, batch, variant, config)
+    if reason is not None:
+        raise NotImplementedError(f"paged_attention implementation 'mosaic_gpu': {reason}")
+    assert target is not None
+    config = config or _config(target, q, kv_pool, batch, deterministic=deterministic)
+    spec, arrays = variant.split()
+    base = jnp.full(1, layer * kv_pool.num_blocks, jnp.int32)
+    call = _Call(spec, config, target, deterministic, interpret)
+    return _attend(call, q, kv_pool.k, kv_pool.v, base, batch, arrays)
+
+
+def unsupported_reason(
+    target: GpuTarget | None,
+    q: jax.Array,
+    kv_pool: KVPool,
+    batch: AttentionBatch,
+    variant: AttentionVariant,
+    config: MosaicConfig | None = None,
+) -> str | None:
+    """Why a call cannot be taken, or None."""
+    reason = unsupported_device_reason(target) or _shape_reason(q, kv_pool)
+    if reason is not None:
+        return reason
+    assert target is not None
+    config = config or _config(target, q, kv_pool, batch, deterministic=False)
+    if config.form == "wgmma" and not target.has_wgmma:
+        return f"config.form='wgmma' needs a Hopper GPU, the target is {target.kind}"
+    try:
+        mods = split_mods(variant)
+    except NotImplementedError as error:
+        return str(error)
+    tile_m, tile_q = _tile_rows(config, q.shape[1] // kv_pool.k.shape[1])
+    tiles = max_tiles(q.shape[0], batch.seq_lens.shape[0], tile_q)
+    keys = _keys_covered(batch, kv_pool, config)
+    return too_large_reason(mods, tiles, kv_pool.k.shape[1], tile_m, keys)
+
+
+def _shape_reason(q: jax.Array, kv_pool: KVPool) -> str | None:
+    _, num_kv_heads, block_size, head_dim = kv_pool.k.shape
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or kv_pool.k.dtype != q.dtype:
+        return f"it takes bfloat16 or float16, queries and pool alike, got {q.dtype} and {kv_pool.k.dtype}"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim={head_dim} is none of {HEAD_DIMS}"
+    if block_size not in BLOCK_SIZES:
+        return f"block_size={block_size} is none of {BLOCK_SIZES}"
+    if q.shape[1] // num_kv_heads > MAX_GROUP:
+        return f"{q.shape[1]} query heads over {num_kv_heads} kv heads: at most {MAX_GROUP} may share one"
+    return None
+
+
+def _config(
+    target: GpuTarget, q: jax.Array, kv_pool: KVPool, batch: AttentionBatch, *, deterministic: bool
+) -> MosaicConfig:
+    _, num_kv_heads, block_size, head_dim = kv_pool.k.shape
+    num_rows, table_width = batch.block_tables.shape
+    shape = CallShape(
+        q.shape[0], num_rows, q.shape[1], num_kv_heads, head_dim, block_size, table_width * block_size
+    )
+    return config_for(target, shape, q.dtype, deterministic=deterministic)
+
+
+def _tile_rows(config: MosaicConfig, group: int) -> tuple[int, int]:
+    """Rows of a tile and query tokens in it: at least one token's heads, and a size the products have."""
+    tile_m = next(m for m in (16, 32, 64) if m >= max(config.tile_m, group))
+    return tile_m, max(1, tile_m // group)
+
+
+def _keys_covered(batch: AttentionBatch, kv_pool: KVPool, config: MosaicConfig) -> int:
+    """Key positions up to the end of the last tile of a full table."""
+    return -(-batch.block_tables.shape[1] * kv_pool.block_size // config.tile_kv) * config.tile_kv
+
+
+@partial(jax.jit, static_argnums=0)
+def _attend(
+    call: _Call,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    base: jax.Array,
+    batch: AttentionBatch,
+    arrays: tuple[jax.Array, ...],
+) -> jax.Array:
+    config, target = call.config, call.target
+    _, num_heads, head_dim = q.shape
+    num_kv_heads, block_size = k.shape[1:3]
+    group = num_heads // num_kv_heads
+    tile_m, tile_q = _tile_rows(config, group)
+    variant = call.spec.bind(arrays)
+    mods = split_mods(variant)
+    blocks_at_once = target.num_sms * config.ctas_per_sm
+    max_len = batch.block_tables.shape[1] * block_size
+    plan = make_plan(
+        batch,
+        tile_q=tile_q,
+        tile_kv=config.tile_kv,
+        sliding_window=variant.sliding_window,
+        split_budget=blocks_at_once // num_kv_heads,
+        deterministic=call.deterministic,
+        max_len=max_len,
+    )
+    shape = TileShape(
+        config=config,
+        tile_m=tile_m,
+        tile_q=tile_q,
+        group=group,
+        head_dim=head_dim,
+        block_size=block_size,
+        scale=variant.scale_for(head_dim),
+        logit_soft_cap=variant.logit_soft_cap,
+        sliding_window=variant.sliding_window,
+        mods=mods,
+        has_tma=target.has_tma,
+    )
+    keys = -(-max_len // config.tile_kv) * config.tile_kv
+    operands = pack_operands(
+        mods, plan, num_heads=num_heads, num_kv_heads=num_kv_heads, tile_m=tile_m, keys=keys
+    )
+    packed = _pack_queries(q, plan, num_kv_heads, tile_m)
+    max_items = plan.items.shape[0]
+    grid_items = min(max_items, max(1, blocks_at_once // num_kv_heads)) if call.deterministic else max_items
+    partials, log_sums = attend_items(
+        WGMMA() if config.form == "wgmma" else MMA(),
+        shape,
+        packed,
+        (k, v),
+        base,
+        batch.block_tables,
+        plan,
+        operands,
+        grid_items=grid_items,
+        interpret=call.interpret,
+    )
+    sinks = None if variant.sinks is None else _pack_heads(variant.sinks, num_kv_heads, tile_m)
+    joined = combine(
+        partials, log_sums, plan.item_starts, plan.item_counts, sinks, q.dtype, interpret=call.interpret
+    )
+    out = _unpack(joined, plan, group)
+    real = jnp.arange(q.shape[0]) < batch.query_start_loc[-1]
+    return jnp.where(real[:, None, None], out, jnp.zeros((), out.dtype))
+
+
+def _pack_queries(q: jax.Array, plan: WorkPlan, num_kv_heads: int, tile_m: int) -> jax.Array:
+    """``[T, Hq, D]`` -> ``[P, Hkv, M, D]``, rows of a tile token by token, each with its group of heads."""
+    tiles, tile_q = plan.tile_tokens.shape
+    _, num_heads, head_dim = q.shape
+    group = num_heads // num_kv_heads
+    packed = q[plan.tile_tokens].reshape(tiles, tile_q, num_kv_heads, group, head_dim)
+    packed = packed.transpose(0, 2, 1, 3, 4).reshape(tiles, num_kv_heads, tile_q * group, head_dim)
+    return jnp.pad(packed, ((0, 0), (0, 0), (0, tile_m - tile_q * group), (0, 0)))
+
+
+def _unpack(packed: jax.Array, plan: WorkPlan, group: int) -> jax.Array:
+    """``[P, Hkv, M, D]`` -> ``[T, Hq, D]``."""
+    tiles, num_kv_heads, _, head_dim = packed.shape
+    tile_q = plan.tile_tokens.shape[1]
+    packed = packed[:, :, : tile_q * group].reshape(tiles, num_kv_heads, tile_q, group, head_dim)
+    out = packed[plan.token_tiles, :, plan.token_slots]
+    return out.reshape(-1, num_kv_heads * group, head_dim)
+
+
+def _pack_heads(values: jax.Array, num_kv_heads: int, tile_m: int) -> jax.Array:
+    """``[Hq]`` -> float32 ``[Hkv, M]``, one value for each row of a tile."""
+    grouped = values.astype(jnp.float32).reshape(num_kv_heads, -1)
+    return grouped[:, jnp.arange(tile_m) % grouped.shape[1]]

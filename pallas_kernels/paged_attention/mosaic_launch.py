@@ -1,0 +1,119 @@
+"""The launch that both forms of the attention kernel share: operands, results, and who takes which item.
+
+Grid: (items, kv heads), heads fastest, so that the heads of a block, which lie side by side in the pool, are read
+at about the same time. See ``mosaic_plan`` for items.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxpaged.pallas_kernels.mosaic_gpu import kernel, store_global
+from jaxpaged.pallas_kernels.paged_attention.mosaic_plan import WorkPlan
+from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import Item, TileShape, read_item
+
+
+@dataclass(frozen=True)
+class KernelRefs:
+    """References to the operands of a launch, inside the kernel, and the kv head of this thread block."""
+
+    q: Any
+    pool: tuple[Any, Any]
+    base: Any
+    tables: Any
+    operands: Sequence[Any]
+    out: Any
+    log_sums: Any
+    scratch: Sequence[Any]
+    head: Any
+
+    def store(self, item: Item, result: jax.Array, log_sum: jax.Array) -> None:
+        """Writes the partial result of an item, whatever the layout of its registers."""
+        store_global(self.out.at[item.index, self.head], result)
+        store_global(self.log_sums.at[item.index, self.head], log_sum)
+
+
+ForItems = Callable[[Callable[[Item], None]], None]
+
+
+class Form(Protocol):
+    """One way to attend: what it needs of shared memory and threads, and its code."""
+
+    def scratch(self, shape: TileShape, dtype: Any, interpreted: bool) -> list[Any]:
+        """Scratch types of the kernel."""
+
+    def threads(self) -> dict[str, Any]:
+        """Arguments of the kernel that say how many warpgroups it has."""
+
+    def body(self, shape: TileShape, refs: KernelRefs, for_items: ForItems) -> None:
+        """The kernel; ``for_items`` calls a function for each item of this thread block."""
+
+
+def attend_items(
+    form: Form,
+    shape: TileShape,
+    q: jax.Array,
+    pool: tuple[jax.Array, jax.Array],
+    base: jax.Array,
+    tables: jax.Array,
+    plan: WorkPlan,
+    operands: tuple[jax.Array, ...],
+    *,
+    grid_items: int,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attends every item of a plan.
+
+    Args:
+      form: ``MMA`` or ``WGMMA``.
+      shape: static sizes.
+      q: ``[P, Hkv, M, D]``, queries packed into tiles.
+      pool: keys and values, ``[L*N, Hkv, S, D]``.
+      base: int32 ``[1]``, the layer's first block.
+      tables: int32 ``[B, M]``.
+      plan: the batch's items, ``W`` at most.
+      operands: see ``mosaic_operands``.
+      grid_items: thread blocks along the items; with fewer than ``W`` each takes several.
+      interpret: see ``mosaic_gpu.kernel``.
+
+    Returns:
+      float32 ``[W, Hkv, M, D]`` outputs and ``[W, Hkv, M]`` base-2 log-sums; past ``num_items`` unwritten.
+    """
+    max_items, (_, num_kv_heads, tile_m, head_dim) = plan.items.shape[0], q.shape
+    run = kernel(
+        partial(_body, form, shape, max_items, len(operands)),
+        out_type=[
+            jax.ShapeDtypeStruct((max_items, num_kv_heads, tile_m, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((max_items, num_kv_heads, tile_m), jnp.float32),
+        ],
+        grid=(grid_items, num_kv_heads),
+        grid_names=("item", "head"),
+        scratch_types=form.scratch(shape, q.dtype, interpret is not None),
+        interpret=interpret,
+        **form.threads(),
+    )
+    out, log_sums = run(q, *pool, base, tables, plan.items, plan.num_items, *operands)
+    return out, log_sums
+
+
+def _body(form: Form, shape: TileShape, max_items: int, num_operands: int, *refs: Any) -> None:
+    q, k, v, base, tables, items, num_items = refs[:7]
+    operands, rest = refs[7 : 7 + num_operands], refs[7 + num_operands :]
+    head = lax.axis_index("head")
+    kernel_refs = KernelRefs(q, (k, v), base, tables, operands, rest[0], rest[1], rest[2:], head)
+    mine, stride = lax.axis_index("item"), lax.axis_size("item")
+
+    def for_items(attend: Callable[[Item], None]) -> None:
+        if stride == max_items:
+            pl.when(mine < num_items[0])(lambda: attend(read_item(items, mine)))
+            return
+        rounds = lax.div(num_items[0] - mine + (stride - 1), jnp.int32(stride))
+        pl.loop(0, jnp.maximum(rounds, 0))(lambda i: attend(read_item(items, mine + i * stride)))
+
+    form.body(shape, kernel_refs, for_items)

@@ -1,0 +1,96 @@
+"""Attention with warp-level matrix products (``mma.sync``): one source from Ampere to Blackwell.
+
+One warpgroup a thread block. The M rows of the products are the query heads of the kv head, for each query token of
+the tile. Scores: the four warps split the keys. Values: they split the head dimension, so weights pass through shared
+memory, as does the maximum over keys; sums of weights stay with their threads until the end. Each step reads
+``tile_kv`` keys and values from a ring of ``stages`` buffers that copies fill ``stages - 1`` steps ahead. The ids of
+the blocks to copy are read one step earlier still, so that no copy waits for the block table.
+
+Shared memory is swizzled by the compiler and operands come by ``ldmatrix``: no bank conflicts. Products of bfloat16
+or float16 accumulate in float32; softmax is float32; weights are rounded to the pool's dtype. Partial results are
+float32, and ``mosaic_combine`` joins them. Method: FlashAttention-2 (arXiv:2307.08691) with the heads of a group as
+rows.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxpaged.pallas_kernels.paged_attention.mosaic_launch import ForItems, KernelRefs
+from jaxpaged.pallas_kernels.paged_attention.mosaic_ring import Ring, ring_scratch
+from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import (
+    Item,
+    TileShape,
+    has_unseen_keys,
+    keep_seen,
+    modify,
+    normalised,
+    softmax_weights,
+)
+from jaxpaged.pallas_kernels.variant import MASKED
+
+
+class MMA:
+    """The portable form; see ``mosaic_launch.Form``."""
+
+    def scratch(self, shape: TileShape, dtype: Any, interpreted: bool) -> list[Any]:
+        """The weights' buffer and the ring."""
+        del interpreted
+        return [plgpu.SMEM((shape.tile_m, shape.config.tile_kv), dtype), *ring_scratch(shape, dtype)]
+
+    def threads(self) -> dict[str, Any]:
+        """One warpgroup."""
+        return {}
+
+    def body(self, shape: TileShape, refs: KernelRefs, for_items: ForItems) -> None:
+        """Attends this thread block's items."""
+        for_items(lambda item: _attend(shape, refs, item))
+
+
+def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
+    tile_m, head_dim, tile_kv = shape.tile_m, shape.head_dim, shape.config.tile_kv
+    dtype, ahead = refs.q.dtype, shape.config.stages - 1
+    layouts = (plgpu.Layout.MMA_LHS, plgpu.Layout.MMA_RHS, plgpu.Layout.MMA_ACC)
+    lhs, rhs, accumulator = (layout(dtype, m_warps=tile_m // 16) for layout in layouts)
+    value_layout = plgpu.Layout.MMA_ACC(dtype, m_warps=2)
+    weights_ref, ring = refs.scratch[0], Ring(shape, refs, item, refs.scratch[1:])
+    zeros = lambda *extent: plgpu.layout_cast(jnp.zeros(extent, jnp.float32), accumulator)  # noqa: E731
+
+    ring.before_reuse()
+    for early in range(ahead):
+        ring.issue(jnp.int32(early), ring.ids(jnp.int32(early)))
+    queries = plgpu.load(refs.q.at[item.tile, refs.head], layout=lhs, optimized=False)
+    top = plgpu.layout_cast(jnp.full((tile_m,), MASKED, jnp.float32), accumulator.reduce(1))
+    start = zeros(tile_m, head_dim), top, zeros(tile_m, tile_kv), ring.ids(jnp.int32(ahead))
+
+    def step(i: Any, carry: Any) -> Any:
+        acc, top, totals, ids = carry
+        slot = ring.slot(i)
+        ring.before_reuse()
+        ring.issue(i + ahead, ids)
+        ids = ring.ids(i + (ahead + 1))
+        ring.wait_keys(i)
+        keys = plgpu.load(ring.keys.at[slot].T, layout=rhs, optimized=False)
+        scores = plgpu.mma(zeros(tile_m, tile_kv), queries, keys)
+        scores, visible = modify(shape, item, i, refs.head, scores, refs.operands, accumulator)
+        weights, decay, top = softmax_weights(scores, visible, top)
+        totals = totals * lax.broadcast_in_dim(decay, totals.shape, [0]) + weights
+        weights_ref[...] = weights.astype(dtype)
+        ring.wait_values(i)
+
+        @pl.when(has_unseen_keys(shape, item, i))
+        def _() -> None:
+            held = plgpu.load(ring.values.at[slot], layout=value_layout, optimized=False)
+            ring.values[slot] = keep_seen(shape, item, i, held, value_layout)
+
+        values = plgpu.load(ring.values.at[slot], layout=rhs, optimized=False)
+        packed = plgpu.load(weights_ref, layout=lhs, optimized=False)
+        acc = plgpu.mma(acc * lax.broadcast_in_dim(decay, acc.shape, [0]), packed, values)
+        return acc, top, totals, ids
+
+    acc, top, totals, _ = lax.fori_loop(0, item.steps, step, start)
+    ring.finish()
+    refs.store(item, *normalised(acc, top, totals.sum(axis=1)))

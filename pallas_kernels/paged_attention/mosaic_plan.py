@@ -1,0 +1,149 @@
+"""Which thread block attends what: a ragged batch cut into query tiles, and their keys into balanced splits.
+
+A *tile* is up to ``tile_q`` consecutive query tokens of one row: with the query heads of a kv head they fill the
+M rows of one matrix product. An *item* is a tile and a range of its keys; one thread block takes one item and
+one kv head. Rows of very different length give items of nearly equal length: with ``n`` tiles of keys to read in
+all and room for ``extra`` more items than tiles, a row is cut into pieces of about ``n / extra`` (FlashDecoding,
+https://pytorch.org/blog/flash-decoding, over a work list as in FlashInfer, arXiv:2501.01005, which makes its
+list on the host). Here the list is made on the device, from a few small integer arrays, so that the shapes of a
+bucket are all that the host must know.
+
+All of it depends on the batch, the window and the tile sizes, not on the layer: XLA computes it once a step.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpaged.pallas_kernels.batch import AttentionBatch
+
+# Columns of ``WorkPlan.items``; eight words, so that a thread block reads one 32-byte sector.
+ROW, TILE, FIRST_POS, LAST_POS, BEGIN, END, NUM_ITEM_FIELDS = 0, 1, 2, 3, 4, 5, 8
+
+# Keys of one split when results must not depend on the batch. Smaller: a long row spreads over more of the chip;
+# larger: less memory for partial results (one float32 accumulator for each split that a table has room for).
+DETERMINISTIC_SPLIT = 2048
+
+
+class WorkPlan(NamedTuple):
+    """The work list of one launch. ``P`` tiles and ``W`` items are bounds; what is past the real ones is empty."""
+
+    items: jax.Array
+    """int32 ``[W, 8]``: row, tile, position of the tile's first and last token, first tile of keys, end."""
+    num_items: jax.Array
+    """int32 ``[1]``, real items; they come first."""
+    item_starts: jax.Array
+    """int32 ``[P]``, the tile's first item."""
+    item_counts: jax.Array
+    """int32 ``[P]``, how many items a tile has; 0 for padding."""
+    tile_rows: jax.Array
+    """int32 ``[P]``, row of the batch."""
+    tile_first_pos: jax.Array
+    """int32 ``[P]``, position of the tile's first token in its sequence."""
+    tile_tokens: jax.Array
+    """int32 ``[P, tile_q]``, index of each token; a token of the tile's own where it has fewer."""
+    token_tiles: jax.Array
+    """int32 ``[T]``, the tile of each token; 0 for padding."""
+    token_slots: jax.Array
+    """int32 ``[T]``, its place in the tile."""
+
+
+def max_tiles(num_tokens: int, num_rows: int, tile_q: int) -> int:
+    """How many query tiles a bucket can have."""
+    return min(num_tokens, num_rows + num_tokens // tile_q)
+
+
+def make_plan(
+    batch: AttentionBatch,
+    *,
+    tile_q: int,
+    tile_kv: int,
+    sliding_window: int | None,
+    split_budget: int,
+    deterministic: bool,
+    max_len: int,
+) -> WorkPlan:
+    """Cuts a batch into tiles and items.
+
+    Args:
+      batch: see ``AttentionBatch``.
+      tile_q: query tokens of a tile.
+      tile_kv: keys of one step of the inner loop, the unit of a split.
+      sliding_window: as in ``AttentionVariant``; keys before it belong to no item.
+      split_budget: how many more items than tiles there may be.
+      deterministic: cut at multiples of ``DETERMINISTIC_SPLIT`` keys, whatever else is in the batch.
+      max_len: tokens a block table has room for.
+
+    Returns:
+      The plan; ``W`` is ``P + split_budget``, or ``P`` times the splits of a full table if deterministic.
+    """
+    num_tokens, num_rows = batch.positions.shape[0], batch.seq_lens.shape[0]
+    bound = max_tiles(num_tokens, num_rows, tile_q)
+    starts, query_lens = batch.query_start_loc[:-1], jnp.diff(batch.query_start_loc)
+    tiles_of_row = -(-query_lens // tile_q)
+    first_tile = _exclusive_sum(tiles_of_row)
+    index = jnp.arange(bound, dtype=jnp.int32)
+    rows = _owner(index, first_tile, tiles_of_row)
+    real = index < tiles_of_row.sum()
+    offset = (index - first_tile[rows]) * tile_q
+    size = jnp.where(real, jnp.minimum(query_lens[rows] - offset, tile_q), 0)
+    first_pos = jnp.where(real, batch.seq_lens[rows] - query_lens[rows] + offset, 0)
+    last_pos = first_pos + jnp.maximum(size, 1) - 1
+    begin = jnp.zeros_like(first_pos)
+    if sliding_window is not None:
+        begin = jnp.maximum(first_pos - sliding_window + 1, 0) // tile_kv
+    end = last_pos // tile_kv + 1
+    length = jnp.where(real, end - begin, 0)
+    if deterministic:
+        split = jnp.int32(max(1, DETERMINISTIC_SPLIT // tile_kv))
+        num_items = bound * max(1, -(-max_len // DETERMINISTIC_SPLIT))
+        origin = begin // split * split  # pieces begin at the same positions whatever the window's place
+        counts = jnp.where(real, -(-(end - origin) // split), 0)
+        piece = jnp.broadcast_to(split, counts.shape)
+    else:
+        num_items = bound + split_budget
+        origin = begin
+        share = jnp.maximum(-(-length.sum() // max(split_budget, 1)), 1)
+        pieces = jnp.maximum(length // share, 1) if split_budget else jnp.ones_like(length)
+        piece = jnp.maximum(-(-length // pieces), 1)
+        counts = jnp.where(real, -(-length // piece), 0)  # none of them empty
+    item_starts = _exclusive_sum(counts)
+    item = jnp.arange(num_items, dtype=jnp.int32)
+    tile = _owner(item, item_starts, counts)
+    part = item - item_starts[tile]
+    item_begin = origin[tile] + part * piece[tile]
+    item_end = jnp.minimum(item_begin + piece[tile], end[tile])
+    item_begin = jnp.maximum(item_begin, begin[tile])
+    item_end = jnp.where(item < counts.sum(), item_end, item_begin)
+    fields = [rows[tile], tile, first_pos[tile], last_pos[tile], item_begin, item_end]
+    fields += [jnp.zeros_like(item)] * (NUM_ITEM_FIELDS - len(fields))
+    member = jnp.arange(tile_q, dtype=jnp.int32)[None, :]
+    tokens = jnp.where(real, starts[rows] + offset, 0)[:, None]
+    tokens = tokens + jnp.minimum(member, jnp.maximum(size, 1)[:, None] - 1)
+    place = jnp.arange(num_tokens, dtype=jnp.int32) - starts[batch.rows]
+    is_token = jnp.arange(num_tokens) < batch.query_start_loc[-1]
+    return WorkPlan(
+        items=jnp.stack(fields, axis=1).astype(jnp.int32),
+        num_items=counts.sum(dtype=jnp.int32)[None],
+        item_starts=item_starts,
+        item_counts=counts.astype(jnp.int32),
+        tile_rows=rows,
+        tile_first_pos=first_pos,
+        tile_tokens=tokens,
+        token_tiles=jnp.where(is_token, first_tile[batch.rows] + place // tile_q, 0),
+        token_slots=jnp.where(is_token, place % tile_q, 0),
+    )
+
+
+def _exclusive_sum(counts: jax.Array) -> jax.Array:
+    """Sum of what comes before each entry: one fused comparison and sum, where a scan is several launches."""
+    index = jnp.arange(counts.shape[0])
+    return jnp.where(index[None, :] < index[:, None], counts[None, :], 0).sum(1, dtype=jnp.int32)
+
+
+def _owner(index: jax.Array, starts: jax.Array, counts: jax.Array) -> jax.Array:
+    """For each of ``index``, which of the consecutive runs it falls in; the last run for what is past all."""
+    ends = starts + counts
+    owner = (index[:, None] >= ends[None, :]).sum(1, dtype=jnp.int32)
+    return jnp.minimum(owner, counts.shape[0] - 1)

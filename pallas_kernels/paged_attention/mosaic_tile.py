@@ -1,0 +1,176 @@
+"""Pieces of the attention kernels that both forms share: what is static, which blocks to copy, masks, softmax.
+
+Scores live in base 2: ``exp2`` is one instruction, and ``log2(e)`` folds into the scale.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxpaged.pallas_kernels.hoisting import accurate_tanh
+from jaxpaged.pallas_kernels.paged_attention.mosaic_operands import KernelMods, load_operands
+from jaxpaged.pallas_kernels.paged_attention.mosaic_plan import (
+    BEGIN,
+    END,
+    FIRST_POS,
+    LAST_POS,
+    ROW,
+    TILE,
+)
+from jaxpaged.pallas_kernels.paged_attention.tuning import MosaicConfig
+from jaxpaged.pallas_kernels.variant import MASKED
+
+LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """What is static in a launch."""
+
+    config: MosaicConfig
+    tile_m: int
+    tile_q: int
+    group: int
+    head_dim: int
+    block_size: int
+    scale: float
+    logit_soft_cap: float | None
+    sliding_window: int | None
+    mods: KernelMods
+    has_tma: bool
+
+    @property
+    def blocks_per_tile(self) -> int:
+        """Copies that fill one tile of keys; a tile never spans part of a block and another."""
+        return max(1, self.config.tile_kv // self.block_size)
+
+    @property
+    def copy_rows(self) -> int:
+        """Keys that one copy brings."""
+        return min(self.config.tile_kv, self.block_size)
+
+
+@dataclass(frozen=True)
+class Item:
+    """The item of this thread block: int32 scalars, see ``mosaic_plan``."""
+
+    index: Any
+    row: Any
+    tile: Any
+    first_pos: Any
+    last_pos: Any
+    begin: Any
+    steps: Any
+
+
+def read_item(items_ref: Any, index: Any) -> Item:
+    """Reads one line of the work list."""
+    field = lambda column: items_ref[index, column]  # noqa: E731
+    begin = field(BEGIN)
+    return Item(index, field(ROW), field(TILE), field(FIRST_POS), field(LAST_POS), begin, field(END) - begin)
+
+
+def oldest_key(shape: TileShape, item: Item) -> Any:
+    """The first position that any query of the tile sees."""
+    if shape.sliding_window is None:
+        return jnp.int32(0)
+    return jnp.maximum(item.first_pos - (shape.sliding_window - 1), 0)
+
+
+def block_ids(shape: TileShape, tables_ref: Any, base: Any, item: Item, step: Any) -> list[Any]:
+    """Pool entries of the blocks of one tile of keys.
+
+    What no query sees is replaced by the dummy block: it may belong to others by now, and every step must make
+    the same number of copies.
+    """
+    ids = []
+    for part in range(shape.blocks_per_tile):
+        first = (item.begin + step) * shape.config.tile_kv + part * shape.copy_rows
+        index = lax.div(first, jnp.int32(shape.block_size))
+        seen = (first <= item.last_pos) & (first + shape.copy_rows > oldest_key(shape, item))
+        # The table is read in range even past the item's end, where prefetching looks.
+        index = jnp.minimum(index, jnp.int32(tables_ref.shape[1] - 1))
+        ids.append(base + jnp.where(seen, tables_ref[item.row, index], 0))
+    return ids
+
+
+def first_key_in_block(shape: TileShape, item: Item, step: Any) -> Any:
+    """Where in its block a tile of keys begins; blocks may be larger than tiles."""
+    if shape.copy_rows == shape.block_size:
+        return 0
+    return lax.rem((item.begin + step) * shape.config.tile_kv, jnp.int32(shape.block_size))
+
+
+def has_unseen_keys(shape: TileShape, item: Item, step: Any) -> Any:
+    """Whether a tile holds keys that no query sees, whose values may be anything, NaN included."""
+    first = (item.begin + step) * shape.config.tile_kv
+    unseen = first + (shape.config.tile_kv - 1) > item.last_pos
+    if shape.sliding_window is not None:
+        unseen = unseen | (first < oldest_key(shape, item))
+    return unseen
+
+
+def keep_seen(shape: TileShape, item: Item, step: Any, v: jax.Array, layout: Any) -> jax.Array:
+    """Values ``[tile_kv, D]`` with those of unseen keys set to zero: a weight of zero times NaN would be NaN."""
+    first = (item.begin + step) * shape.config.tile_kv
+    at = first + plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=layout)
+    seen = at <= item.last_pos
+    if shape.sliding_window is not None:
+        seen = seen & (at >= oldest_key(shape, item))
+    return jnp.where(seen, v, jnp.zeros_like(v))
+
+
+def modify(
+    shape: TileShape, item: Item, step: Any, kv_head: Any, scores: jax.Array, operand_refs: Any, layout: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Raw products ``[M, tile_kv]`` to base-2 scores, and which keys each row sees."""
+    extent = scores.shape
+    first = (item.begin + step) * shape.config.tile_kv
+    kv_pos = first + plgpu.broadcasted_iota(jnp.int32, extent, 1, layout=layout)
+    q_pos = item.first_pos
+    if shape.tile_q > 1:
+        token = lax.div(plgpu.broadcasted_iota(jnp.int32, extent, 0, layout=layout), jnp.int32(shape.group))
+        q_pos = jnp.minimum(item.first_pos + token, item.last_pos)
+    visible = kv_pos <= q_pos
+    if shape.sliding_window is not None:
+        visible = visible & (kv_pos > q_pos - shape.sliding_window)
+    cap = shape.logit_soft_cap
+    if cap is not None:
+        scores = cap * accurate_tanh(scores * (shape.scale / cap))
+    if not shape.mods:
+        return scores * (LOG2E if cap is not None else shape.scale * LOG2E), visible
+    if cap is None:
+        scores = scores * shape.scale
+    member = lax.rem(plgpu.broadcasted_iota(jnp.int32, extent, 0, layout=layout), jnp.int32(shape.group))
+    fill = lambda x: plgpu.layout_cast(jnp.broadcast_to(x, extent), layout)  # noqa: E731
+    where = (fill(item.row), kv_head * shape.group + member, fill(q_pos) if shape.tile_q == 1 else q_pos, kv_pos)
+    loaded = load_operands(shape.mods.axes, operand_refs, item.tile, kv_head, first, extent, layout)
+    if shape.mods.score_mod is not None:
+        count = len(shape.mods.score_mod.hoisted)
+        scores = shape.mods.score_mod.inline(loaded[:count], scores, *where)
+        loaded = loaded[count:]
+    if shape.mods.mask_mod is not None:
+        visible = visible & shape.mods.mask_mod.inline(loaded, None, *where)
+    return scores * LOG2E, visible
+
+
+def softmax_weights(
+    scores: jax.Array, visible: jax.Array, top: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One step of the online softmax (arXiv:1805.02867): weights, decay of what came before, new maximum."""
+    scores = jnp.where(visible, scores, MASKED)
+    new_top = jnp.maximum(top, scores.max(axis=1))
+    weights = jnp.exp2(scores - lax.broadcast_in_dim(new_top, scores.shape, [0]))
+    return jnp.where(visible, weights, 0.0), jnp.exp2(top - new_top), new_top
+
+
+def normalised(acc: jax.Array, top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Output of an item and the base-2 logarithm of its weights' sum; zero and ``MASKED`` where it saw no key."""
+    safe = jnp.where(total == 0.0, 1.0, total)
+    out = acc / lax.broadcast_in_dim(safe, acc.shape, [0])
+    return out, jnp.where(total == 0.0, MASKED, top + jnp.log2(safe))

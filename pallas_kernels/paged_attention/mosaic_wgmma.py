@@ -1,0 +1,144 @@
+"""Attention with warpgroup-level matrix products (``wgmma``) on Hopper: a warpgroup that copies, one that computes.
+
+The 64 rows of the products are the query heads of the kv head for each query token of the tile: with four heads, 16
+tokens, or one and 60 rows of padding. The copying warpgroup gives its registers to the other and runs ahead by as
+many steps as the ring has slots; a slot is free again when the values' product has read it. Keys and values go from
+shared memory straight into the products, weights come from registers, and maxima and sums never leave their warp:
+a row belongs to four threads.
+
+Numerics as in ``mosaic_mma``. Method: FlashAttention-3 (arXiv:2407.08608), without its second consumer.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxpaged.pallas_kernels.paged_attention.mosaic_launch import ForItems, KernelRefs
+from jaxpaged.pallas_kernels.paged_attention.mosaic_ring import Ring, ring_scratch
+from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import (
+    Item,
+    TileShape,
+    has_unseen_keys,
+    keep_seen,
+    modify,
+    normalised,
+    softmax_weights,
+)
+from jaxpaged.pallas_kernels.variant import MASKED
+
+_COMPUTE, _COPY = 0, 1
+# Of 512 for four threads, one in each warpgroup pair: multiples of 8, PTX ISA, "setmaxnreg".
+_COPY_REGISTERS, _COMPUTE_REGISTERS = 40, 232
+
+
+class WGMMA:
+    """The Hopper form; see ``mosaic_launch.Form``."""
+
+    def scratch(self, shape: TileShape, dtype: Any, interpreted: bool) -> list[Any]:
+        """Queries, their barrier, the slots' releases, the weights where they cannot be registers, and the ring."""
+        queries = plgpu.SMEM((shape.tile_m, shape.head_dim), dtype)
+        released = plgpu.Barrier(num_barriers=shape.config.stages)
+        # The interpreter takes the left operand from shared memory only.
+        weights = [plgpu.SMEM((shape.tile_m, shape.config.tile_kv), dtype)] * interpreted
+        return [queries, plgpu.Barrier(), released, *ring_scratch(shape, dtype), *weights]
+
+    def threads(self) -> dict[str, Any]:
+        """Two warpgroups."""
+        return {"num_threads": 2, "thread_name": "warpgroup"}
+
+    def body(self, shape: TileShape, refs: KernelRefs, for_items: ForItems) -> None:
+        """Copies or attends, each for all items of this thread block."""
+
+        @pl.when(lax.axis_index("warpgroup") == _COPY)
+        def _() -> None:
+            plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+            for_items(lambda item: _copy(shape, refs, item))
+
+        @pl.when(lax.axis_index("warpgroup") == _COMPUTE)
+        def _() -> None:
+            plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+            for_items(lambda item: _attend(shape, refs, item))
+
+
+def _copy(shape: TileShape, refs: KernelRefs, item: Item) -> None:
+    released, ring = refs.scratch[2], Ring(shape, refs, item, refs.scratch[3:7])
+    stages = shape.config.stages
+
+    def step(i: Any, ids: list[Any]) -> list[Any]:
+        later = ring.ids(i + 1)
+
+        @pl.when(i >= stages)
+        def _() -> None:
+            plgpu.barrier_wait(released.at[ring.slot(i)])
+
+        ring.issue(i, ids)
+        return later
+
+    lax.fori_loop(0, item.steps, step, ring.ids(jnp.int32(0)))
+    # The last releases too: the next item begins with all slots free.
+    for slot in range(stages):
+        pl.when(slot < item.steps)(lambda slot=slot: plgpu.barrier_wait(released.at[slot]))
+
+
+def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
+    q_ref, q_barrier, released = refs.scratch[:3]
+    ring, weights_ref = Ring(shape, refs, item, refs.scratch[3:7]), refs.scratch[7:]
+    tile_m, head_dim, tile_kv = shape.tile_m, shape.head_dim, shape.config.tile_kv
+    dtype, layout = refs.q.dtype, plgpu.Layout.WGMMA
+    plgpu.copy_gmem_to_smem(refs.q.at[item.tile, refs.head], q_ref, q_barrier)
+    plgpu.barrier_wait(q_barrier)
+    fill = lambda value, to, *extent: plgpu.layout_cast(jnp.full(extent, value, jnp.float32), to)  # noqa: E731
+    row = layout.reduce(1)
+    start = fill(0.0, layout, tile_m, head_dim), fill(MASKED, row, tile_m), fill(0.0, row, tile_m)
+
+    def step(i: Any, carry: Any) -> Any:
+        acc, top, total = carry
+        slot = ring.slot(i)
+        ring.wait_keys(i)
+
+        def product_with_keys(scores: Any) -> Any:
+            plgpu.wgmma(scores, q_ref, ring.keys.at[slot].T)
+            return scores[...]
+
+        scores = pl.run_scoped(product_with_keys, plgpu.ACC((tile_m, tile_kv), jnp.float32))
+        scores, visible = modify(shape, item, i, refs.head, scores, refs.operands, layout)
+        weights, decay, top = softmax_weights(scores, visible, top)
+        total = total * decay + weights.sum(axis=1)
+        packed = weights.astype(dtype)
+        ring.wait_values(i)
+
+        @pl.when(has_unseen_keys(shape, item, i))
+        def _() -> None:
+            held = plgpu.load(ring.values.at[slot], layout=layout, optimized=False)
+            ring.values[slot] = keep_seen(shape, item, i, held, layout)
+            plgpu.commit_smem()
+
+        acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
+        acc = _add_product(acc, packed, weights_ref, ring.values.at[slot])
+        plgpu.barrier_arrive(released.at[slot])
+        return acc, top, total
+
+    acc, top, total = lax.fori_loop(0, item.steps, step, start)
+    refs.store(item, *normalised(acc, top, total))
+
+
+def _add_product(acc: Any, weights: Any, staging: Sequence[Any], values: Any) -> Any:
+    """``acc + weights @ values``. With ``staging``, for the interpreter, weights go through shared memory."""
+    if staging:
+        staging[0][...] = weights
+        plgpu.commit_smem()
+
+        def product(sums: Any) -> Any:
+            plgpu.wgmma(sums, staging[0], values)
+            return sums[...]
+
+        return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
+
+    def add(sums: Any) -> None:
+        plgpu.wgmma(sums, weights, values)
+
+    return pl.run_state(add)(plgpu.ACC.init(acc))
