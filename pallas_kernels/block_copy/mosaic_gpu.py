@@ -124,7 +124,9 @@ def scatter_blocks_mosaic_gpu(
         interpret=interpret,
     )(*pools, k.astype(copy.dtype).reshape(staging), v.astype(copy.dtype).reshape(staging), block_ids)
     shape = kv_pool.k.shape
-    return KVPool(*(jax.freeze(pool).reshape(shape) for pool in pools), kv_pool.num_layers)
+    return KVPool(
+        jax.freeze(pools[0]).reshape(shape), jax.freeze(pools[1]).reshape(shape), kv_pool.num_layers
+    )
 
 
 def _tiles(kv_pool: KVPool, target: GpuTarget, tma: bool | None) -> tuple[TileCopy, int]:
