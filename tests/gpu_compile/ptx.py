@@ -41,8 +41,9 @@ INSTRUCTIONS = (
     "atom",
     "red",
 )
+# A statement begins a line, or follows another one within inline assembly.
 _OPCODE = re.compile(
-    r"^\s*(?:\{\s*)?(?:@!?%?\w+\s+)?([a-z][a-z0-9_]*(?:(?:\.|::)[a-zA-Z0-9_]+)+)\s", re.MULTILINE
+    r"(?:^|[;{])\s*(?:@!?%?\w+\s+)?([a-z][a-z0-9_]*(?:(?:\.|::)[a-zA-Z0-9_]+)+)(?=[\s;])", re.MULTILINE
 )
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,33 +14,26 @@ from tests.gpu_compile.cases import CASES
 from tests.gpu_compile.targets import TARGETS, missing_reason
 from tests.support.repository import ROOT
 
-Reports = dict[str, dict[str, Any]]
+Report = dict[str, Any]
 PAIRS = [(target, case) for target in TARGETS for case, c in CASES.items() if target in c.targets]
 
 pytestmark = pytest.mark.timeout(1200)  # the first test of a target waits for all of its cases
 
 
 @pytest.fixture(scope="session")
-def reports_of(request: pytest.FixtureRequest) -> Callable[[str], Reports]:
-    """Reports of a target by case, compiled by one subprocess for those cases that this run has tests of."""
+def report_of(request: pytest.FixtureRequest) -> Callable[[str, str], Report]:
+    """The report of a target and a case; one subprocess compiles all of a target's that this run has tests of."""
     if reason := missing_reason():
         pytest.skip(reason)
     wanted: dict[str, list[str]] = {}
     for item in request.session.items:
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
-        if isinstance(item, pytest.Function) and item.function is test_compiles:
-            wanted.setdefault(parameters["target"], []).append(parameters["case"])
-    done: dict[str, Reports] = {}
-
-    def reports(target: str) -> Reports:
-        if target not in done:
-            done[target] = run(target, wanted[target])
-        return done[target]
-
-    return reports
+        if isinstance(item, pytest.Function) and "report_of" in item.fixturenames:
+            wanted.setdefault(item.callspec.params["target"], []).append(item.callspec.params["case"])
+    compiled = cache(lambda target: run(target, wanted[target]))
+    return lambda target, case: compiled(target)[case]
 
 
-def run(target: str, cases: list[str]) -> Reports:
+def run(target: str, cases: list[str]) -> dict[str, Report]:
     """What ``python -m tests.gpu_compile.run`` reports."""
     command = [sys.executable, "-m", "tests.gpu_compile.run", "--target", target, "--cases", *cases]
     command += ["--jobs", str(os.cpu_count() or 1)]
@@ -50,9 +44,9 @@ def run(target: str, cases: list[str]) -> Reports:
 
 
 @pytest.mark.parametrize(("target", "case"), PAIRS, ids=[f"{target}-{case}" for target, case in PAIRS])
-def test_compiles(reports_of: Callable[[str], Reports], target: str, case: str) -> None:
-    report = reports_of(target)[case]
-    assert report["problems"] == []
+def test_compiles(report_of: Callable[[str, str], Report], target: str, case: str) -> None:
+    report = report_of(target, case)
+    assert report["problems"] == [], "\n".join(report["problems"])
     if report["status"] in ("unavailable", "refused"):
         pytest.skip(report["message"])
 
@@ -69,9 +63,7 @@ FOUND = {
 }
 
 
-@pytest.mark.parametrize(("target", "case"), FOUND, ids=lambda value: value)
-def test_planted_faults_are_found(target: str, case: str) -> None:
-    if reason := missing_reason():
-        pytest.skip(reason)
-    problems = run(target, [case])[case]["problems"]
+@pytest.mark.parametrize(("target", "case"), FOUND, ids=[f"{target}-{case}" for target, case in FOUND])
+def test_planted_faults_are_found(report_of: Callable[[str, str], Report], target: str, case: str) -> None:
+    problems = report_of(target, case)["problems"]
     assert any(FOUND[target, case] in problem for problem in problems), problems
