@@ -239,6 +239,7 @@ def _cut(
     needed = _variables(jaxpr.outvars)
     inlined: list[JaxprEqn] = []
     leaves: list[Var] = []
+    refused = None
     for equation in reversed(jaxpr.eqns):
         outputs = [v for v in equation.outvars if v in needed]
         if outputs and is_elementwise(equation) and outputs[0] not in hoist:
@@ -246,8 +247,11 @@ def _cut(
             needed |= _variables(equation.invars)
             continue
         if any(_SCORE in axes[v] for v in outputs):
-            raise NotImplementedError(_refusal(equation))
+            refused = equation  # the first of a chain is the one to name
+            needed |= _variables(equation.invars)
         leaves += reversed(outputs)
+    if refused is not None:
+        raise NotImplementedError(_refusal(refused))
     leaves += [v for v in reversed(jaxpr.constvars) if v in needed]
     return inlined[::-1], leaves[::-1]
 

@@ -24,8 +24,8 @@ from jaxpaged.pallas_kernels.paged_attention.mosaic_ring import Ring, ring_scrat
 from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import (
     Item,
     TileShape,
+    clear_unseen,
     has_unseen_keys,
-    keep_seen,
     modify,
     normalised,
     softmax_weights,
@@ -83,8 +83,7 @@ def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
 
         @pl.when(has_unseen_keys(shape, item, i))
         def _() -> None:
-            held = plgpu.load(ring.values.at[slot], layout=value_layout, optimized=False)
-            ring.values[slot] = keep_seen(shape, item, i, held, value_layout)
+            clear_unseen(shape, item, i, ring.values.at[slot], value_layout)
 
         values = plgpu.load(ring.values.at[slot], layout=rhs, optimized=False)
         packed = plgpu.load(weights_ref, layout=lhs, optimized=False)

@@ -86,7 +86,8 @@ class Ring:
 
     def before_reuse(self) -> None:
         """All warps have read the slot that is filled next; ordinary reads come before the copy engine's writes."""
-        plgpu.commit_smem()
+        if self.shape.has_tma:  # cp.async is preceded by a barrier of its own
+            plgpu.commit_smem()
 
     def finish(self) -> None:
         """Until no copy is under way."""

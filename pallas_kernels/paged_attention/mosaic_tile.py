@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxpaged.pallas_kernels.hoisting import accurate_tanh
@@ -26,6 +27,9 @@ from jaxpaged.pallas_kernels.paged_attention.tuning import MosaicConfig
 from jaxpaged.pallas_kernels.variant import MASKED
 
 LOG2E = math.log2(math.e)
+
+# Columns of values that are in registers at a time when unseen ones are cleared: one swizzled line of 128 bytes.
+_CLEARED_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -115,14 +119,18 @@ def has_unseen_keys(shape: TileShape, item: Item, step: Any) -> Any:
     return unseen
 
 
-def keep_seen(shape: TileShape, item: Item, step: Any, v: jax.Array, layout: Any) -> jax.Array:
-    """Values ``[tile_kv, D]`` with those of unseen keys set to zero: a weight of zero times NaN would be NaN."""
+def clear_unseen(shape: TileShape, item: Item, step: Any, values: Any, layout: Any) -> None:
+    """Sets the values ``[tile_kv, D]`` of unseen keys to zero: a weight of zero times NaN would be NaN."""
     first = (item.begin + step) * shape.config.tile_kv
-    at = first + plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=layout)
+    width = math.gcd(shape.head_dim, _CLEARED_COLUMNS)
+    at = first + plgpu.broadcasted_iota(jnp.int32, (shape.config.tile_kv, width), 0, layout=layout)
     seen = at <= item.last_pos
     if shape.sliding_window is not None:
         seen = seen & (at >= oldest_key(shape, item))
-    return jnp.where(seen, v, jnp.zeros_like(v))
+    for column in range(0, shape.head_dim, width):
+        part = values.at[:, pl.ds(column, width)]
+        held = plgpu.load(part, layout=layout, optimized=False)
+        part[...] = jnp.where(seen, held, jnp.zeros_like(held))
 
 
 def modify(

@@ -22,8 +22,8 @@ from jaxpaged.pallas_kernels.paged_attention.mosaic_ring import Ring, ring_scrat
 from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import (
     Item,
     TileShape,
+    clear_unseen,
     has_unseen_keys,
-    keep_seen,
     modify,
     normalised,
     softmax_weights,
@@ -113,8 +113,7 @@ def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
 
         @pl.when(has_unseen_keys(shape, item, i))
         def _() -> None:
-            held = plgpu.load(ring.values.at[slot], layout=layout, optimized=False)
-            ring.values[slot] = keep_seen(shape, item, i, held, layout)
+            clear_unseen(shape, item, i, ring.values.at[slot], layout)
             plgpu.commit_smem()
 
         acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])

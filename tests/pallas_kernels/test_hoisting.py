@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxpaged.pallas_kernels.hoisting import AXES, SplitMod, split_mod
+from jaxpaged.pallas_kernels import AttentionVariant
+from jaxpaged.pallas_kernels.hoisting import AXES, SplitMod, accurate_tanh, split_mod
+from jaxpaged.pallas_kernels.mosaic_gpu import kernel, store_global
+from tests.pallas_kernels.interpreter import interpreter
 
 Mod = Callable[..., Any]
 
@@ -163,9 +167,13 @@ def recombined(split: SplitMod, scores: Any) -> jax.Array:
     return split.inline(loaded, scores, *(jnp.broadcast_to(index, SHAPE) for index in INDICES))
 
 
-def plain(case: Case, scores: Any) -> jax.Array:
-    arguments = (scores, *INDICES) if case.takes_score else INDICES
-    return jnp.vectorize(case.mod)(*arguments)
+def plain(mod: Mod, takes_score: bool, scores: Any = SCORES, indices: Any = INDICES) -> jax.Array:
+    return jax.jit(jnp.vectorize(mod))(*(scores,) * takes_score, *indices)
+
+
+def check(found: Any, name: str, expected: Any) -> None:
+    tolerance = 0.05 if name == "precision" else 2e-6  # a kernel computes in float32 throughout
+    np.testing.assert_allclose(found, np.broadcast_to(expected, found.shape), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -174,13 +182,161 @@ def test_the_halves_make_the_whole(name: str) -> None:
     split = split_mod(case.mod, case.takes_score)
     assert initials(split) == case.axes
     for hoisted in split.hoisted:
-        value = hoisted.evaluate(*INDICES)
+        value = jax.eval_shape(hoisted.evaluate, *INDICES)
         assert value.dtype == hoisted.dtype
         assert hoisted.dtype in (jnp.float32, jnp.int32)
         sizes = zip(AXES, SHAPE, strict=True)
         assert value.shape == (tuple(n if a in hoisted.axes else 1 for a, n in sizes) if hoisted.axes else ())
     found = jax.jit(lambda scores: recombined(split, scores))(SCORES if case.takes_score else None)
-    expected = jnp.broadcast_to(plain(case, SCORES), SHAPE)
     assert found.dtype == (jnp.float32 if case.takes_score else jnp.bool_)
-    tolerance = 0.05 if name == "precision" else 2e-6  # the kernel computes in float32 throughout
-    np.testing.assert_allclose(found, expected, atol=tolerance, rtol=tolerance)
+    check(found, name, plain(case.mod, case.takes_score))
+
+
+def test_values_are_evaluated_over_indices_of_any_rank() -> None:
+    [hoisted] = split_mod(t5, True).hoisted
+    one, q, k = jnp.int32(1), jnp.arange(4), jnp.arange(6).reshape(2, 3, 1)
+    value = jax.jit(hoisted.evaluate)(None, one, q, k)
+    assert value.shape == (2, 3, 4)
+    np.testing.assert_array_equal(value[1, 0], jax.jit(hoisted.evaluate)(one, one, q, jnp.int32(3)))
+
+
+def test_arrays_of_an_outer_program_stay_traced() -> None:
+    traces = 0
+
+    @jax.jit
+    def outer(table: jax.Array, temperature: jax.Array, documents: jax.Array) -> Any:
+        nonlocal traces
+        traces += 1
+        score = split_mod(lambda s, r, h, q, k: s * temperature + table[h] * (q - k), True)
+        mask = split_mod(lambda r, h, q, k: documents[q] == documents[k], False)
+        assert initials(score) + initials(mask) == ["", "h", "q", "k"]
+        return recombined(score, SCORES), recombined(mask, None)
+
+    for scale in (1, 2):
+        table, documents = SLOPES * scale, DOCUMENTS // scale
+        scores, mask = outer(table, np.float32(scale), documents)
+        distance = INDICES[2] - INDICES[3]
+        np.testing.assert_allclose(
+            scores, SCORES * scale + table.reshape(1, H, 1, 1) * distance, atol=1e-5, rtol=0
+        )
+        expected = documents[INDICES[2]] == documents[INDICES[3]]
+        np.testing.assert_array_equal(mask, np.broadcast_to(expected, SHAPE))
+    assert traces == 1
+
+
+@pytest.mark.parametrize("name", ["nested", "t5", "branches", "learned", "tree", "prefix"])
+def test_bound_variants_split_alike(name: str) -> None:
+    case = CASES[name]
+    field = "score_mod" if case.takes_score else "mask_mod"
+    spec, operands = AttentionVariant(**{field: case.mod}).split()
+
+    @jax.jit
+    def outer(operands: Any) -> jax.Array:
+        split = split_mod(getattr(spec.bind(operands), field), case.takes_score)
+            assert sorted(initials(split)) == sorted(case.axes)
+        return recombined(split, SCORES if case.takes_score else None)
+
+    check(outer(operands), name, plain(case.mod, case.takes_score))
+
+
+def while_score(s: Any, r: Any, h: Any, q: Any, k: Any) -> Any:
+    return lax.while_loop(lambda x: x > 1, lambda x: x / 2, s)
+
+
+@pytest.mark.parametrize(
+    ("mod", "message"),
+    [
+        (
+            lambda s, r, h, q, k: s + jnp.asarray(SLOPES)[s.astype(jnp.int32)],
+            "array indexing may not depend on the score, and dynamic_slice does",
+        ),
+        (
+            lambda s, r, h, q, k: jnp.stack([s, 2 * s]).max(),
+            "array indexing may not depend on the score",
+        ),
+        (while_score, "control flow may not depend on the score, and while does"),
+        (
+            lambda s, r, h, q, k: lax.fori_loop(0, 3, lambda i, x: x + k, s),
+            "control flow may not depend on the score, and scan does",
+        ),
+        (lambda s, r, h, q, k: jnp.sin(s), "sin of float32 may not depend on the score"),
+        (lambda s, r, h, q, k: s % 2.5, "rem of float32, float32 may not depend on the score"),
+        (lambda s, r, h, q, k: s ** jnp.asarray(SLOPES)[h], "pow of float32, float32 may not"),
+    ],
+)
+def test_what_the_score_may_not_do(mod: Mod, message: str) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        split_mod(mod, True)
+
+
+def test_what_is_not_used_is_not_refused() -> None:
+    def mod(s: Any, r: Any, h: Any, q: Any, k: Any) -> Any:
+        jnp.sin(s) + jnp.asarray(SLOPES)[h]
+        return s
+
+    assert split_mod(mod, True).hoisted == ()
+
+
+def test_a_mod_returns_one_scalar() -> None:
+    with pytest.raises(ValueError, match="must return one scalar"):
+        split_mod(lambda r, h, q, k: jnp.arange(3) < q, False)
+
+
+def test_tanh_is_accurate_everywhere() -> None:
+    x = np.concatenate([np.linspace(-12, 12, 9999), np.geomspace(1e-30, 3e38, 99), [0, np.inf, -np.inf]])
+    x = x.astype(np.float32)
+    np.testing.assert_allclose(accurate_tanh(jnp.asarray(x)), np.tanh(x, dtype=np.float64), atol=2e-7, rtol=0)
+    assert np.isnan(accurate_tanh(jnp.float32(np.nan)))
+
+
+@pytest.mark.parametrize(
+    "mod", [jax.nn.sigmoid, jnp.log1p, jnp.expm1, lax.erf, lax.erfc, jnp.floor, jnp.ceil, jnp.round, jnp.sign]
+)
+def test_rewritten_functions_agree_at_the_edges(mod: Mod) -> None:
+    x = np.asarray(
+        [0, 1e-8, 1e-3, 0.2, 0.25, 0.3, 0.5, 0.99999994, 1, 1.5, 2.5, 7.25, 2**23 - 0.5, 2**24, 1e30]
+    )
+    x = np.concatenate([x, [np.inf, np.nan], -x, [-np.inf]]).astype(np.float32)
+    found = split_mod(lambda s, r, h, q, k: mod(s), True).inline([], jnp.asarray(x), 0, 0, 0, 0)
+    np.testing.assert_allclose(found, mod(x), rtol=2e-6, atol=2e-7)
+
+
+TILE = (16, 64)
+TILE_INDICES = (*INDICES[:2], np.arange(16).reshape(1, 1, 16, 1), np.arange(64).reshape(1, 1, 1, 64))
+
+
+def run_in_kernel(case: Case, scores: jax.Array, interpret: Any = None) -> jax.Array:
+    """A tile a thread block: scores and hoisted values come from global memory, row and head are scalars."""
+    split = split_mod(case.mod, case.takes_score)
+
+    def body(*refs: Any) -> None:
+        row, head = lax.axis_index("row"), lax.axis_index("head")
+        layout = plgpu.Layout.MMA_ACC(jnp.bfloat16, m_warps=1)
+        score, *loaded = [plgpu.load(r.at[row, head], layout=layout, optimized=False) for r in refs[:-1]]
+        q, k = (plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, TILE, n), layout) for n in (0, 1))
+        out = split.inline(loaded, score if case.takes_score else None, row, head, q, k)
+        store_global(refs[-1].at[row, head], out.astype(jnp.float32))
+
+    shape = (B, H, *TILE)
+    tiles = [jnp.broadcast_to(hoisted.evaluate(*TILE_INDICES), shape) for hoisted in split.hoisted]
+    out_type = jax.ShapeDtypeStruct(shape, jnp.float32)
+    call = kernel(body, interpret=interpret, out_type=out_type, grid=(B, H), grid_names=("row", "head"))
+    return call(scores, *tiles)
+
+
+TILE_SCORES = np.random.default_rng(2).normal(size=(B, H, *TILE)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["branches", "tree_bits"])
+def test_kernels_inline_it(name: str) -> None:
+    case = CASES[name]
+    with interpreter() as interpret:
+        found = np.asarray(jax.jit(lambda x: run_in_kernel(case, x, interpret))(TILE_SCORES))
+    check(found, name, plain(case.mod, case.takes_score, TILE_SCORES, TILE_INDICES))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mosaic_gpu_lowers_it(name: str) -> None:
+    """Layouts are inferred and instructions chosen; there need be no GPU for that."""
+    traced = jax.jit(lambda x: run_in_kernel(CASES[name], x)).trace(TILE_SCORES)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text()
