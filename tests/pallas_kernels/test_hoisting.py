@@ -233,7 +233,7 @@ def test_bound_variants_split_alike(name: str) -> None:
     @jax.jit
     def outer(operands: Any) -> jax.Array:
         split = split_mod(getattr(spec.bind(operands), field), case.takes_score)
-            assert sorted(initials(split)) == sorted(case.axes)
+        assert sorted(initials(split)) == sorted(case.axes)
         return recombined(split, SCORES if case.takes_score else None)
 
     check(outer(operands), name, plain(case.mod, case.takes_score))
