@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from functools import cache
+from typing import TypeAlias
 
 import jax
 
@@ -15,12 +16,37 @@ from jaxpaged.pallas_kernels.variant import AttentionVariant
 
 logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS: dict[
-    str, Callable[[jax.Array, KVPool, int, AttentionBatch, AttentionVariant], jax.Array]
-] = {
+Implementation: TypeAlias = Callable[[jax.Array, KVPool, int, AttentionBatch, AttentionVariant], jax.Array]
+
+
+def _mosaic_gpu(
+    q: jax.Array, kv_pool: KVPool, layer: int, batch: AttentionBatch, variant: AttentionVariant
+) -> jax.Array:
+    # Imported where it is used: Mosaic GPU takes a quarter of a second to load.
+    from jaxpaged.pallas_kernels.paged_attention.mosaic_gpu import paged_attention_mosaic_gpu
+
+    return paged_attention_mosaic_gpu(q, kv_pool, layer, batch, variant)
+
+
+def _mosaic_gpu_deterministic(
+    q: jax.Array, kv_pool: KVPool, layer: int, batch: AttentionBatch, variant: AttentionVariant
+) -> jax.Array:
+    from jaxpaged.pallas_kernels.paged_attention.mosaic_gpu import paged_attention_mosaic_gpu
+
+    return paged_attention_mosaic_gpu(q, kv_pool, layer, batch, variant, deterministic=True)
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": paged_attention_reference,
     "xla": paged_attention_xla,
     "numba": paged_attention_numba,
+    "mosaic_gpu": _mosaic_gpu,
+}
+
+# Those that give a row the same bits in every batch; numba always does.
+DETERMINISTIC: dict[str, Implementation] = {
+    "numba": paged_attention_numba,
+    "mosaic_gpu": _mosaic_gpu_deterministic,
 }
 
 
@@ -32,6 +58,7 @@ def paged_attention(
     *,
     variant: AttentionVariant | None = None,
     implementation: str | None = None,
+    deterministic: bool = False,
 ) -> jax.Array:
     """Causal attention of a ragged batch of queries over keys and values in a paged pool.
 
@@ -46,7 +73,10 @@ def paged_attention(
       batch: see ``AttentionBatch``. Block ids must lie in ``[0, N)``: JAX clamps others silently, so the
         host checks them.
       variant: see ``AttentionVariant``.
-      implementation: ``"reference"``, ``"xla"``, ``"numba"`` (CPU), or None for the best one here.
+      implementation: ``"reference"``, ``"xla"``, ``"numba"`` (CPU), ``"mosaic_gpu"`` (NVIDIA), or None for the
+        best one here.
+      deterministic: a row's result has the same bits whatever else is in the batch, and however its tokens are
+        spread over steps.
 
     Returns:
       ``[T, Hq, D]`` in the dtype of ``q``; padding tokens are finite and meaningless.
@@ -58,16 +88,31 @@ def paged_attention(
     variant = variant or AttentionVariant()
     _check(q, kv_pool, layer, batch, variant)
     if implementation is None:
-        implementation = best_implementation(jax.default_backend(), q, kv_pool, variant)
+        implementation = best_implementation(jax.default_backend(), q, kv_pool, variant, batch)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"paged_attention: implementation={implementation!r} is none of {sorted(IMPLEMENTATIONS)}"
         )
-    return IMPLEMENTATIONS[implementation](q, kv_pool, layer, batch, variant)
+    if deterministic and implementation not in DETERMINISTIC:
+        raise NotImplementedError(
+            f"paged_attention: deterministic=True with implementation={implementation!r}, whose tiles depend on the "
+            f"batch; {' and '.join(sorted(DETERMINISTIC))} can"
+        )
+    chosen = DETERMINISTIC if deterministic else IMPLEMENTATIONS
+    return chosen[implementation](q, kv_pool, layer, batch, variant)
 
 
-def best_implementation(platform: str, q: jax.Array, kv_pool: KVPool, variant: AttentionVariant) -> str:
-    """The implementation that ``implementation=None`` takes on a platform; logged once for each answer."""
+def best_implementation(
+    platform: str,
+    q: jax.Array,
+    kv_pool: KVPool,
+    variant: AttentionVariant,
+    batch: AttentionBatch | None = None,
+) -> str:
+    """The implementation that ``implementation=None`` takes on a platform; logged once for each answer.
+
+    Without ``batch`` it is the one for a batch of usual size: a variant's bias tables may be too large for another.
+    """
     if platform == "cpu":
         reason = numba_cpu.unsupported_reason(q.dtype, kv_pool.k.dtype, variant)
         return (
@@ -75,6 +120,14 @@ def best_implementation(platform: str, q: jax.Array, kv_pool: KVPool, variant: A
             if reason
             else _log_choice(platform, "numba", "fastest there")
         )
+    if platform in ("gpu", "cuda"):
+        from jaxpaged.pallas_kernels.mosaic_gpu import gpu_target
+        from jaxpaged.pallas_kernels.paged_attention import mosaic_gpu
+
+        reason = mosaic_gpu.automatic_reason(gpu_target(), q, kv_pool, variant, batch)
+        if reason is None:
+            return _log_choice(platform, "mosaic_gpu", "made for this device")
+        return _log_choice(platform, "xla", f"for 'mosaic_gpu', {reason}")
     return _log_choice(platform, "xla", "there is no kernel for this device")
 
 

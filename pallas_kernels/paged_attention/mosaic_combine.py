@@ -80,7 +80,9 @@ def _body(has_sinks: int, partials: Any, log_sums: Any, starts: Any, counts: Any
             at = first + jnp.minimum(index, count - 1)
             parts.append(plgpu.load(partials.at[at, head, :, columns], layout=layout, optimized=False))
             log = plgpu.load(log_sums.at[at, head], layout=row, optimized=False)
-            logs.append(log + jnp.where(index < count, 0.0, 2 * MASKED))  # past the last: below all that counts
+            logs.append(
+                log + jnp.where(index < count, 0.0, 2 * MASKED)
+            )  # past the last: below all that counts
         new_top = top
         for log in logs:
             new_top = jnp.maximum(new_top, log)
@@ -93,7 +95,9 @@ def _body(has_sinks: int, partials: Any, log_sums: Any, starts: Any, counts: Any
             total = total + weight
         return acc, new_top, total
 
-    acc, top, total = lax.fori_loop(0, lax.div(count + (BATCH - 1), jnp.int32(BATCH)), batch, (acc, top, total))
+    acc, top, total = lax.fori_loop(
+        0, lax.div(count + (BATCH - 1), jnp.int32(BATCH)), batch, (acc, top, total)
+    )
     safe = jnp.where(total == 0.0, 1.0, total)
     joined = acc / lax.broadcast_in_dim(safe, acc.shape, [0])
     store_global(out.at[tile, head, :, columns], joined.astype(out.dtype))

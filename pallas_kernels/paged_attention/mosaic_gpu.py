@@ -20,7 +20,11 @@ from jaxpaged.pallas_kernels.mosaic_gpu import INTERPRETED, GpuTarget, gpu_targe
 from jaxpaged.pallas_kernels.paged_attention.mosaic_combine import combine
 from jaxpaged.pallas_kernels.paged_attention.mosaic_launch import attend_items
 from jaxpaged.pallas_kernels.paged_attention.mosaic_mma import MMA
-from jaxpaged.pallas_kernels.paged_attention.mosaic_operands import pack_operands, split_mods, too_large_reason
+from jaxpaged.pallas_kernels.paged_attention.mosaic_operands import (
+    pack_operands,
+    split_mods,
+    too_large_reason,
+)
 from jaxpaged.pallas_kernels.paged_attention.mosaic_plan import WorkPlan, make_plan, max_tiles
 from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import TileShape
 from jaxpaged.pallas_kernels.paged_attention.mosaic_wgmma import WGMMA
@@ -73,7 +77,7 @@ def paged_attention_mosaic_gpu(
     """
     if target is None:
         target = INTERPRETED if interpret is not None else gpu_target()
-    reason = unsupported_reason(target, q, kv_pool, batch, variant, config)
+    reason = unsupported_reason(target, q, kv_pool, variant, batch, config)
     if reason is not None:
         raise NotImplementedError(f"paged_attention implementation 'mosaic_gpu': {reason}")
     assert target is not None
@@ -88,26 +92,43 @@ def unsupported_reason(
     target: GpuTarget | None,
     q: jax.Array,
     kv_pool: KVPool,
-    batch: AttentionBatch,
     variant: AttentionVariant,
+    batch: AttentionBatch | None = None,
     config: MosaicConfig | None = None,
 ) -> str | None:
-    """Why a call cannot be taken, or None."""
+    """Why a call cannot be taken, or None; without ``batch``, but for the size of what a variant needs of arrays."""
     reason = unsupported_device_reason(target) or _shape_reason(q, kv_pool)
     if reason is not None:
         return reason
     assert target is not None
-    config = config or _config(target, q, kv_pool, batch, deterministic=False)
-    if config.form == "wgmma" and not target.has_wgmma:
+    if config is not None and config.form == "wgmma" and not target.has_wgmma:
         return f"config.form='wgmma' needs a Hopper GPU, the target is {target.kind}"
     try:
         mods = split_mods(variant)
     except NotImplementedError as error:
         return str(error)
+    if batch is None:
+        return None
+    config = config or _config(target, q, kv_pool, batch, deterministic=False)
     tile_m, tile_q = _tile_rows(config, q.shape[1] // kv_pool.k.shape[1])
     tiles = max_tiles(q.shape[0], batch.seq_lens.shape[0], tile_q)
-    keys = _keys_covered(batch, kv_pool, config)
-    return too_large_reason(mods, tiles, kv_pool.k.shape[1], tile_m, keys)
+    return too_large_reason(
+        mods, tiles, kv_pool.k.shape[1], tile_m, _keys_covered(batch, kv_pool.block_size, config)
+    )
+
+
+def automatic_reason(
+    target: GpuTarget | None,
+    q: jax.Array,
+    kv_pool: KVPool,
+    variant: AttentionVariant,
+    batch: AttentionBatch | None = None,
+) -> str | None:
+    """Why ``implementation=None`` does not take this one, or None."""
+    reason = unsupported_reason(target, q, kv_pool, variant, batch)
+    if reason is None and target is not None and not target.has_wgmma:
+        return f"it is chosen by itself on Hopper only and must be named on {target.kind}"
+    return reason
 
 
 def _shape_reason(q: jax.Array, kv_pool: KVPool) -> str | None:
@@ -140,9 +161,9 @@ def _tile_rows(config: MosaicConfig, group: int) -> tuple[int, int]:
     return tile_m, max(1, tile_m // group)
 
 
-def _keys_covered(batch: AttentionBatch, kv_pool: KVPool, config: MosaicConfig) -> int:
+def _keys_covered(batch: AttentionBatch, block_size: int, config: MosaicConfig) -> int:
     """Key positions up to the end of the last tile of a full table."""
-    return -(-batch.block_tables.shape[1] * kv_pool.block_size // config.tile_kv) * config.tile_kv
+    return -(-batch.block_tables.shape[1] * block_size // config.tile_kv) * config.tile_kv
 
 
 @partial(jax.jit, static_argnums=0)
@@ -186,7 +207,7 @@ def _attend(
         mods=mods,
         has_tma=target.has_tma,
     )
-    keys = -(-max_len // config.tile_kv) * config.tile_kv
+    keys = _keys_covered(batch, block_size, config)
     operands = pack_operands(
         mods, plan, num_heads=num_heads, num_kv_heads=num_kv_heads, tile_m=tile_m, keys=keys
     )

@@ -121,7 +121,13 @@ def pack_operands(
 
 
 def load_operands(
-    axes: Sequence[OperandAxes], refs: Sequence[Any], tile: Any, head: Any, first_key: Any, shape: tuple[int, int], layout: Any
+    axes: Sequence[OperandAxes],
+    refs: Sequence[Any],
+    tile: Any,
+    head: Any,
+    first_key: Any,
+    shape: tuple[int, ...],
+    layout: Any,
 ) -> list[jax.Array]:
     """Inside a kernel: each operand for one tile of scores, as an array of ``shape`` in ``layout``."""
     loaded = []

@@ -156,7 +156,12 @@ def modify(
         scores = scores * shape.scale
     member = lax.rem(plgpu.broadcasted_iota(jnp.int32, extent, 0, layout=layout), jnp.int32(shape.group))
     fill = lambda x: plgpu.layout_cast(jnp.broadcast_to(x, extent), layout)  # noqa: E731
-    where = (fill(item.row), kv_head * shape.group + member, fill(q_pos) if shape.tile_q == 1 else q_pos, kv_pos)
+    where = (
+        fill(item.row),
+        kv_head * shape.group + member,
+        fill(q_pos) if shape.tile_q == 1 else q_pos,
+        kv_pos,
+    )
     loaded = load_operands(shape.mods.axes, operand_refs, item.tile, kv_head, first, extent, layout)
     if shape.mods.score_mod is not None:
         count = len(shape.mods.score_mod.hoisted)

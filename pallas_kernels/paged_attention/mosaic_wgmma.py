@@ -10,6 +10,7 @@ Numerics as in ``mosaic_mma``. Method: FlashAttention-3 (arXiv:2407.08608), with
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def _copy(shape: TileShape, refs: KernelRefs, item: Item) -> None:
     lax.fori_loop(0, item.steps, step, ring.ids(jnp.int32(0)))
     # The last releases too: the next item begins with all slots free.
     for slot in range(stages):
-        pl.when(slot < item.steps)(lambda slot=slot: plgpu.barrier_wait(released.at[slot]))
+        pl.when(slot < item.steps)(partial(plgpu.barrier_wait, released.at[slot]))
 
 
 def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
@@ -104,7 +105,7 @@ def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
             plgpu.wgmma(scores, q_ref, ring.keys.at[slot].T)
             return scores[...]
 
-        scores = pl.run_scoped(product_with_keys, plgpu.ACC((tile_m, tile_kv), jnp.float32))
+        scores = pl.run_scoped(product_with_keys, plgpu.WGMMAAccumulatorRef((tile_m, tile_kv), jnp.float32))
         scores, visible = modify(shape, item, i, refs.head, scores, refs.operands, layout)
         weights, decay, top = softmax_weights(scores, visible, top)
         total = total * decay + weights.sum(axis=1)
@@ -135,9 +136,9 @@ def _add_product(acc: Any, weights: Any, staging: Sequence[Any], values: Any) ->
             plgpu.wgmma(sums, staging[0], values)
             return sums[...]
 
-        return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
+        return acc + pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(acc.shape, jnp.float32))
 
     def add(sums: Any) -> None:
         plgpu.wgmma(sums, weights, values)
 
-    return pl.run_state(add)(plgpu.ACC.init(acc))
+    return pl.run_state(add)(plgpu.WGMMAAccumulatorRef.init(acc))

@@ -67,7 +67,9 @@ class CallShape:
     max_len: int
 
 
-def config_for(target: GpuTarget, shape: CallShape, dtype: Any, *, deterministic: bool = False) -> MosaicConfig:
+def config_for(
+    target: GpuTarget, shape: CallShape, dtype: Any, *, deterministic: bool = False
+) -> MosaicConfig:
     """The sizes for a call.
 
     Args:
