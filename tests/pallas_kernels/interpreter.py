@@ -25,7 +25,7 @@ def interpret_params(*, detect_races: bool = True) -> plgpu.InterpretGPUParams:
 
 def check_no_races() -> None:
     """Fails if the kernel that ran last had a data race: JAX 0.12 raises by itself, 0.11 only prints."""
-    assert not interpret_pallas_call.get_races().races_found
+    assert not interpret_pallas_call.get_races().races_found, "RACE DETECTED: the interpreter printed it"
 
 
 def reset_interpreter() -> None:

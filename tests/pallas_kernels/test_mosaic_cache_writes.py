@@ -152,7 +152,7 @@ def test_two_tokens_of_one_slot_are_a_race(tma: bool) -> None:
             jax.block_until_ready(cache_scatter_mosaic_gpu(pool, k, v, 1, slots, **options).k)
 
     # JAX 0.12 raises from the kernel; 0.11 goes on, and the interpreter's context fails in the end.
-    with pytest.raises((jax.errors.JaxRuntimeError, AssertionError), match=r"RACE DETECTED|races_found"):
+    with pytest.raises((jax.errors.JaxRuntimeError, AssertionError), match="RACE DETECTED"):
         write_both()
 
 
