@@ -2,9 +2,10 @@
 
 A thread block here is one warpgroup that loads a handful of tiles, all at once, and then stores them. Nothing is
 computed, so what counts is the number of bytes under way, and that comes from many such blocks on a multiprocessor
-rather than from a ring inside one. ``MAX_TILE_BYTES`` lets six or more of them be resident (shared memory and
-registers allow it), each with a tile of K and one of V under way: about 200 KiB. By Little's law an H200 needs some
-40 KiB on each multiprocessor (4.8 TB/s over 132 of them, about one microsecond from request to data).
+rather than from a ring inside one. Of blocks with a tile of K and one of V of ``MAX_TILE_BYTES`` seven are resident
+on an H200, six on an A100, three on an L40: 224, 192 and 96 KiB under way. By Little's law they need some 40, 20
+and 6 KiB on each multiprocessor (4.8, 2.0 and 0.9 TB/s over 132, 108 and 142 of them, about one microsecond from
+request to data).
 
 There are two ways through the chip, and both give the same bytes:
 
@@ -109,7 +110,8 @@ class TileCopy:
         Args:
           sources: references to ``count`` tiles of global memory.
           find_targets: gives ``(reference, bool)`` for each: where it goes, and whether it does (None: always).
-            Called when the loads are under way, so that what it reads to find out adds no latency.
+            Called when the loads are under way, so that what it reads to find out adds no latency. (Through
+            registers the compiler puts the first tiles' loads after it, and skips them where nothing is stored.)
           scratch: references of ``scratch_types``.
         """
         if not self.tma:
