@@ -2,10 +2,10 @@
 
 A thread block here is one warpgroup that loads a handful of tiles, all at once, and then stores them. Nothing is
 computed, so what counts is the number of bytes under way, and that comes from many such blocks on a multiprocessor
-rather than from a ring inside one. Of blocks with a tile of K and one of V of ``MAX_TILE_BYTES`` seven are resident
-on an H200, six on an A100, three on an L40: 224, 192 and 96 KiB under way. By Little's law they need some 40, 20
-and 6 KiB on each multiprocessor (4.8, 2.0 and 0.9 TB/s over 132, 108 and 142 of them, about one microsecond from
-request to data).
+rather than from a ring inside one. Of blocks with a tile of K and one of V of ``MAX_TILE_BYTES`` six fit an H200 and
+three an RTX PRO 6000 (shared memory), seven an A100 (72 registers a thread): 192, 96 and 224 KiB under way. By
+Little's law they need some 40, 10 and 20 KiB on each multiprocessor (4.8, 1.8 and 2.0 TB/s over 132, 188 and 108 of
+them, about one microsecond from request to data).
 
 There are two ways through the chip, and both give the same bytes:
 
