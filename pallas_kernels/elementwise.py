@@ -164,12 +164,18 @@ def _pow(x: jax.Array, y: jax.Array, base: float | None, exponent: float | None)
     if base is not None:
         return lax.exp2(_convert(y, jnp.float32) * math.log2(base))
     assert exponent is not None
-    if exponent == int(exponent) and abs(exponent) <= 64:
+    if exponent == int(exponent):
         return _integer_pow(x, int(exponent))
     if abs(exponent) == 0.5:
         return lax.sqrt(x) if exponent > 0 else lax.rsqrt(x)
     return lax.exp2(lax.log(x) * (exponent * _LOG2E))
 
+
+# On scalars, and inside a kernel. pvary and pcast mark values that differ between the devices of a shard_map.
+_IDENTITIES = (
+    *("broadcast_in_dim", "copy", "copy_p", "optimization_barrier"),
+    *("pcast", "pvary", "reshape", "squeeze", "stop_gradient"),
+)
 
 # What is computed right by Mosaic GPU, or by these in terms of that.
 _OPERATIONS: dict[str, Callable[..., jax.Array]] = {
@@ -177,7 +183,7 @@ _OPERATIONS: dict[str, Callable[..., jax.Array]] = {
     **{name: getattr(lax, name) for name in ("sub", "sqrt", "rsqrt")},
     **{name: _over_ints(getattr(lax, name)) for name in ("eq", "ne", "lt", "le", "gt", "ge", "max", "min")},
     **{name: getattr(lax, f"bitwise_{name}") for name in ("and", "or", "xor")},
-    **dict.fromkeys(("copy", "copy_p", "stop_gradient", "broadcast_in_dim", "reshape"), lambda x: x),
+    **dict.fromkeys(_IDENTITIES, lambda x: x),
     "ceil": lambda x: -_floor(-x),
     "clamp": lambda low, x, high: lax.min(lax.max(x, low), high),
     "div": _div,
@@ -189,6 +195,7 @@ _OPERATIONS: dict[str, Callable[..., jax.Array]] = {
     "log1p": _log1p,
     "logistic": _logistic,
     "not": _not,
+    "one_minus_square": lambda x: (1.0 + x) * (1.0 - x),
     "rem": _rem,
     "select_n": _select_n,
     "shift_left": _shift(lax.shift_left, False),
@@ -202,18 +209,7 @@ _OPERATIONS: dict[str, Callable[..., jax.Array]] = {
 _WITH_PARAMETERS = ("convert_element_type", "integer_pow", "pow", "round")
 
 # What is the same when integers of fewer bits, or unsigned ones of 32 bits, are held as int32.
-_PRESERVING = {
-    "and",
-    "or",
-    "xor",
-    "eq",
-    "ne",
-    "select_n",
-    "copy",
-    "copy_p",
-    "stop_gradient",
-    "broadcast_in_dim",
-}
+_PRESERVING = {*_IDENTITIES, "and", "or", "xor", "eq", "ne", "select_n"}
 _OF_NARROW = _PRESERVING | {"lt", "le", "gt", "ge", "max", "min", "clamp", "convert_element_type"}
 _OF_UNSIGNED = _PRESERVING | {"add", "sub", "mul", "neg", "not", "shift_left", "shift_right_logical"}
 
@@ -233,7 +229,9 @@ def is_elementwise(equation: JaxprEqn) -> bool:
         return False
     if name == "pow":
         base, exponent = (_literal(v) for v in equation.invars)
-        return exponent is not None or (base is not None and base > 0)
+        if exponent is not None:
+            return math.isfinite(exponent)
+        return base is not None and 0 < base < math.inf
     return ("narrow" not in kinds or name in _OF_NARROW) and ("unsigned" not in kinds or name in _OF_UNSIGNED)
 
 

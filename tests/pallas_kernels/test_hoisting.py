@@ -141,6 +141,7 @@ CASES = {
     "tree_bits": Case(tree_bits, ["rq"], **MASK),
     "soft_cap": Case(lambda s, r, h, q, k: 5 * jnp.tanh(s / 5), []),
     "dilated": Case(lambda r, h, q, k: ((q - k) % 3 == 0) | ((q - k) // 4 == -1), [], **MASK),
+    "minus_infinity": Case(lambda s, r, h, q, k: jnp.where(k > q + 2, -jnp.inf, s), []),
     "nested": Case(lambda s, r, h, q, k: nested(s, h), ["h"]),
     "learned": Case(learned, ["", "h"]),
     "looped": Case(looped, ["q"], **MASK),
@@ -222,6 +223,20 @@ def test_arrays_of_an_outer_program_stay_traced() -> None:
         expected = documents[INDICES[2]] == documents[INDICES[3]]
         np.testing.assert_array_equal(mask, np.broadcast_to(expected, SHAPE))
     assert traces == 1
+
+
+def test_a_mod_may_close_over_a_shard() -> None:
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(slopes: jax.Array, scores: jax.Array) -> jax.Array:
+        split = split_mod(lambda s, r, h, q, k: jnp.tanh(s) + slopes[h] * (q - k), True)
+        assert initials(split) == ["h"]
+        return recombined(split, scores)
+
+    shard, whole = jax.sharding.PartitionSpec("x"), jax.sharding.PartitionSpec()
+    found = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(shard, whole), out_specs=shard))(SLOPES, SCORES)
+    expected = np.tanh(SCORES) + SLOPES.reshape(1, H, 1, 1) * (INDICES[2] - INDICES[3])
+    np.testing.assert_allclose(found, expected, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["nested", "t5", "branches", "learned", "tree", "prefix"])
