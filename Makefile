@@ -3,6 +3,7 @@
 #   make demo      the main job on the embedded model: prints text and a table
 #   make test      the whole test suite
 #   make check     formatting, lint, types, tests
+#   make gpu-compile-test    compiles the GPU kernels for six GPUs, none of which is needed (1.3 GB of wheels)
 #
 #   make PYTHON=/path/to/python3.13 test     uses that interpreter (3.12 to 3.14)
 #   make EXTRAS=dev,cuda13 test              with the CUDA 13 build of jax
@@ -20,7 +21,7 @@ READY := .venv/.ready$(CHOICE)
 SOURCES := jaxpaged models pallas_kernels serve tests benchmarks notebooks scripts setup.py
 CHECKED = $(wildcard $(SOURCES))
 
-.PHONY: demo test check lint format format-check typecheck bench notebook venv clean distclean help
+.PHONY: demo test gpu-compile-test check lint format format-check typecheck bench notebook venv clean distclean help
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -36,6 +37,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
+# One process: the tests compile for several GPUs, on all cores, by themselves.
+gpu-compile-test:
+	@$(MAKE) test EXTRAS="$(EXTRAS),gpu-compile" PARALLEL= PYTEST_ARGS="tests/gpu_compile $(PYTEST_ARGS)"
 
 check: format-check lint typecheck test
 

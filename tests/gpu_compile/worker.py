@@ -44,6 +44,7 @@ def compile_into(folder: str, target: str, case_name: str) -> None:
         message = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         report = {"status": "error", "message": message}
     report["seconds"] = round(time.perf_counter() - started, 2)
+    report["cpu_seconds"] = round(time.process_time(), 2)
     (Path(folder) / REPORT).write_text(json.dumps(report), encoding="utf-8")
 
 
