@@ -186,7 +186,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--block-sizes", type=numbers, default=(16, 64))
+    parser.add_argument("--block-sizes", type=numbers, default=(16, 64, 32, 128))
     parser.add_argument("--heads", type=head_pairs, default=HEADS)
     parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS)
     parser.add_argument("--kind", default="all", choices=("decode", "prefill", "all"))
