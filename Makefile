@@ -3,10 +3,13 @@
 #   make demo      the main job on the embedded model: prints text and a table
 #   make test      the whole test suite
 #   make check     formatting, lint, types, tests
+#   make gpu-test  the kernels' and the engine's tests on a GPU; says so where there is none
+#   make gpu-bench the bandwidth table of paged attention on a GPU, beside its peers
 #   make gpu-compile-test    compiles the GPU kernels for six GPUs, none of which is needed (1.3 GB of wheels)
 #
 #   make PYTHON=/path/to/python3.13 test     uses that interpreter (3.12 to 3.14)
-#   make EXTRAS=dev,cuda13 test              with the CUDA 13 build of jax
+#   make EXTRAS=dev,cuda13 gpu-test          with the CUDA 13 build of jax
+#   make GPU_PYTHON=python3 gpu-test         with an interpreter that has jax for CUDA: nothing is installed
 
 EXTRAS = dev
 PYTEST_ARGS =
@@ -18,10 +21,15 @@ PY := .venv/bin/python
 # One stamp for each choice made on the command line; .ready is the one of plain `make`.
 CHOICE := $(subst /,_,$(BOUND_PYTHON))$(if $(filter-out dev,$(EXTRAS)),+$(EXTRAS))
 READY := .venv/.ready$(CHOICE)
+# An interpreter to use as it is, from the checkout, in the gpu-* targets that need a GPU.
+GPU_PYTHON =
+GPU_RUN = $(or $(GPU_PYTHON),$(PY)) scripts/from_checkout.py
+GPU_READY = $(if $(GPU_PYTHON),,$(READY))
+GPU_BENCH_ARGS = --quick
 SOURCES := jaxpaged models pallas_kernels serve tests benchmarks notebooks scripts setup.py
 CHECKED = $(wildcard $(SOURCES))
 
-.PHONY: demo test gpu-compile-test check lint format format-check typecheck bench notebook venv clean distclean help
+.PHONY: demo test gpu-test gpu-bench gpu-compile-test check lint format format-check typecheck bench notebook venv clean distclean help
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -37,6 +45,16 @@ demo: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
+# The options of pyproject.toml name plugins that an interpreter of the user's may lack, and what its packages
+# warn of is not ours: so neither applies here.
+gpu-test: $(GPU_READY)
+	@$(GPU_RUN) benchmarks.gpu.device
+	$(GPU_RUN) pytest -o addopts= --import-mode=importlib -ra --tb=short -W default --gpu tests/gpu $(PYTEST_ARGS)
+
+gpu-bench: $(GPU_READY)
+	@$(GPU_RUN) benchmarks.gpu.device
+	$(GPU_RUN) benchmarks.gpu.paged_attention $(GPU_BENCH_ARGS)
 
 # One process: the tests compile for several GPUs, on all cores, by themselves.
 gpu-compile-test:

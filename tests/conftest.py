@@ -1,5 +1,6 @@
 """Strict by default: the CPU, no implicit rank promotion, reproducible examples, warnings are errors."""
 
+import importlib.util
 import os
 
 import hypothesis
@@ -37,8 +38,10 @@ def checked_modules() -> list[str]:
     return [module_name(path) for path in paths if path not in compiled and path.name not in unchecked]
 
 
-# Before anything imports jaxpaged: only modules imported from here on are instrumented.
-jaxtyping.install_import_hook(checked_modules(), "beartype.beartype")
+# Before anything imports jaxpaged: only modules imported from here on are instrumented. An interpreter with a JAX
+# of its own (`make GPU_PYTHON=... gpu-test`) may lack beartype; the environment of `make test` has it.
+if importlib.util.find_spec("beartype") is not None:
+    jaxtyping.install_import_hook(checked_modules(), "beartype.beartype")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

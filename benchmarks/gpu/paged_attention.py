@@ -136,7 +136,8 @@ def measure_points(
             continue
         if point.kv_bytes > setting.max_bytes or setting.budget.left <= 0:
             why = "time" if setting.budget.left <= 0 else "memory"
-            found["skipped"].append({**shape, "why": why})
+            if shape not in [skipped["point"] for skipped in found["skipped"]]:  # bars come up twice
+                found["skipped"].append({"point": shape, "why": why})
             continue
         entry: dict[str, Any] = {"point": shape, "copy_bandwidth": setting.copy_bandwidth, "results": {}}
         found["points"].append(entry)
