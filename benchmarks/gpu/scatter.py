@@ -45,29 +45,25 @@ def _sets(shape: Scatter, setting: Setting) -> tuple[Any, list[Any]]:
             slots = slots[: shape.num_tokens]
         else:
             slots = rng.choice(num_slots, shape.num_tokens, replace=False) + shape.block_size
-        sets.append((k, v, jnp.asarray(slots, jnp.int32), jnp.int32(index * shape.num_tokens % num_blocks)))
+        place = jnp.int32(2 * index * shape.num_tokens % num_slots)
+        sets.append((k, v, jnp.asarray(slots, jnp.int32), jnp.concatenate([k, v]), place))
     return pool, sets
 
 
 def _scatter_step(implementation: str) -> Step:
     def step(pool: KVPool, new: Any, _: Any) -> KVPool:
-        k, v, slots, _ = new
+        k, v, slots = new[:3]
         return cache_scatter(pool, k, v, 0, slots, implementation=implementation)
 
     return step
 
 
-def _contiguous_step(sides: tuple[jax.Array, jax.Array], new: Any, _: Any) -> tuple[jax.Array, jax.Array]:
-    """The same bytes to consecutive tokens; nothing is known of the place when it is compiled, as for slots.
+def _contiguous_step(memory: jax.Array, new: Any, _: Any) -> jax.Array:
+    """The same bytes to consecutive places of one array ``[tokens, Hkv, D]``, keys and values in one launch.
 
-    The arrays are ``[N*S, Hkv, D]`` from the start: a reshape beside the update makes XLA copy them.
+    Nothing is known of the place when it is compiled, as for slots.
     """
-    *values, place = new[0], new[1], new[3]
-    first, second = (
-        jax.lax.dynamic_update_slice(side, value, (place, jnp.int32(0), jnp.int32(0)))
-        for side, value in zip(sides, values, strict=True)
-    )
-    return first, second
+    return jax.lax.dynamic_update_slice(memory, new[3], (new[4], jnp.int32(0), jnp.int32(0)))
 
 
 def measure_scatter(shape: Scatter, setting: Setting) -> Iterator[dict[str, Any]]:
@@ -87,7 +83,7 @@ def measure_scatter(shape: Scatter, setting: Setting) -> Iterator[dict[str, Any]
         try:
             carry, sets = _sets(shape, setting)
             if name == "contiguous":
-                carry = tuple(side.reshape(-1, *side.shape[1::2]) for side in (carry.k, carry.v))
+                carry = jnp.zeros((2 * carry.k.size // carry.k[0, :, 0].size, *carry.k.shape[1::2]), DTYPE)
             timing = setting.time(step, carry, sets, donate=True)
             del carry, sets
         except Exception as error:  # one implementation that fails ends no run
