@@ -17,6 +17,8 @@ race detector has nothing to forgive, and the dummy block keeps the zeros it beg
 Numerics: none here. The cast to the pool's dtype is XLA's, which fuses it into what makes ``k`` and ``v``.
 """
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -61,14 +63,40 @@ def cache_scatter_mosaic_gpu(
       NotImplementedError: the device, the pool's dtype or its head dimension is not supported.
     """
     target = supported_target("cache_scatter", kv_pool, target, interpret)
-    dtype = kv_pool.k.dtype
+    call = _Call(target, target.has_tma if tma is None else tma, interpret)
+    base = jnp.full(1, layer * kv_pool.num_blocks, jnp.int32)
+    pool_k, pool_v = _write(call, kv_pool.k, kv_pool.v, k, v, base, slots)
+    return KVPool(pool_k, pool_v, kv_pool.num_layers)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What of a call is static. The layer is not, so that all layers of a program share one lowered kernel."""
+
+    target: GpuTarget
+    tma: bool
+    interpret: Any
+
+
+@partial(jax.jit, static_argnums=0)
+def _write(
+    call: _Call,
+    pool_k: jax.Array,
+    pool_v: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    base: jax.Array,
+    slots: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    dtype, block_size = pool_k.dtype, pool_k.shape[2]
     num_tokens, num_heads, head_dim = k.shape
     heads = rows_per_tile(num_heads, head_dim * dtype.itemsize)
-    tokens = tokens_per_block(num_tokens, heads * head_dim * dtype.itemsize, target.num_sms)
-    copy = TileCopy(2 * tokens, (heads, head_dim), dtype, target.has_tma if tma is None else tma)
-    first_block = layer * kv_pool.num_blocks
+    tokens = tokens_per_block(num_tokens, heads * head_dim * dtype.itemsize, call.target.num_sms)
+    copy = TileCopy(2 * tokens, (heads, head_dim), dtype, call.tma)
 
-    def cache_scatter_kernel(pool_k: Any, pool_v: Any, k: Any, v: Any, slots: Any, *scratch: Any) -> None:
+    def cache_scatter_kernel(
+        pool_k: Any, pool_v: Any, k: Any, v: Any, base: Any, slots: Any, *scratch: Any
+    ) -> None:
         head = pl.ds(lax.axis_index("head_group") * heads, heads)
         mine = [lax.axis_index("token_group") * tokens + i for i in range(tokens)]
         inside = [jnp.minimum(token, num_tokens - 1) for token in mine]
@@ -76,22 +104,22 @@ def cache_scatter_mosaic_gpu(
         def find_targets() -> list[Any]:
             targets = []
             for token, clipped in zip(mine, inside, strict=True):
-                block, offset = divide(slots[clipped], kv_pool.block_size)
+                block, offset = divide(slots[clipped], block_size)
                 wanted = (block > 0) & (token < num_tokens)
-                targets += [(pool.at[first_block + block, head, offset], wanted) for pool in (pool_k, pool_v)]
+                targets += [(pool.at[base[0] + block, head, offset], wanted) for pool in (pool_k, pool_v)]
             return targets
 
         copy([new.at[token, head] for token in inside for new in (k, v)], find_targets, scratch)
 
-    pools = jax.new_ref(kv_pool.k), jax.new_ref(kv_pool.v)
+    pools = jax.new_ref(pool_k), jax.new_ref(pool_v)
     kernel(
         cache_scatter_kernel,
         grid=(num_heads // heads, pl.cdiv(num_tokens, tokens)),
         grid_names=("head_group", "token_group"),
         scratch_types=copy.scratch_types,
-        interpret=interpret,
-    )(*pools, k.astype(dtype), v.astype(dtype), slots)
-    return KVPool(jax.freeze(pools[0]), jax.freeze(pools[1]), kv_pool.num_layers)
+        interpret=call.interpret,
+    )(*pools, k.astype(dtype), v.astype(dtype), base, slots)
+    return jax.freeze(pools[0]), jax.freeze(pools[1])
 
 
 def tokens_per_block(num_tokens: int, tile_bytes: int, num_sms: int) -> int:

@@ -7,7 +7,7 @@ at about the same time. See ``mosaic_plan`` for items.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ class KernelRefs:
 ForItems = Callable[[Callable[[Item], None]], None]
 
 
+@runtime_checkable
 class Form(Protocol):
     """One way to attend: what it needs of shared memory and threads, and its code."""
 

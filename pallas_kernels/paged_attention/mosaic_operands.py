@@ -109,9 +109,9 @@ def pack_operands(
     row = plan.tile_rows[:, None, None, None]
     # Rows of the tile past its last head or token repeat it: whatever they hold, it must be an index in range.
     slot = jnp.minimum(member // group, plan.tile_tokens.shape[1] - 1)
-    q_pos = (plan.tile_first_pos[:, None] + slot)[:, None, :, None]
+    q_pos = (plan.tile_first_pos[:, None] + slot[None, :])[:, None, :, None]
     first_head = group * jnp.arange(num_kv_heads, dtype=jnp.int32)
-    head = (first_head[:, None] + member % group)[None, :, :, None]
+    head = (first_head[:, None] + (member % group)[None, :])[None, :, :, None]
     kv_pos = jnp.arange(keys, dtype=jnp.int32)[None, None, None, :]
     arrays = []
     for hoisted, axes in zip(mods.hoisted, mods.axes, strict=True):

@@ -93,47 +93,67 @@ def make_plan(
     begin = jnp.zeros_like(first_pos)
     if sliding_window is not None:
         begin = jnp.maximum(first_pos - sliding_window + 1, 0) // tile_kv
-    end = last_pos // tile_kv + 1
-    length = jnp.where(real, end - begin, 0)
+    cuts = _Cuts(begin, last_pos // tile_kv + 1, real)
     if deterministic:
-        split = jnp.int32(max(1, DETERMINISTIC_SPLIT // tile_kv))
         num_items = bound * max(1, -(-max_len // DETERMINISTIC_SPLIT))
-        origin = begin // split * split  # pieces begin at the same positions whatever the window's place
-        counts = jnp.where(real, -(-(end - origin) // split), 0)
-        piece = jnp.broadcast_to(split, counts.shape)
+        cuts.cut_at_multiples(max(1, DETERMINISTIC_SPLIT // tile_kv))
     else:
         num_items = bound + split_budget
-        origin = begin
-        share = jnp.maximum(-(-length.sum() // max(split_budget, 1)), 1)
-        pieces = jnp.maximum(length // share, 1) if split_budget else jnp.ones_like(length)
-        piece = jnp.maximum(-(-length // pieces), 1)
-        counts = jnp.where(real, -(-length // piece), 0)  # none of them empty
-    item_starts = _exclusive_sum(counts)
+        cuts.cut_evenly(split_budget)
+    item_starts = _exclusive_sum(cuts.counts)
     item = jnp.arange(num_items, dtype=jnp.int32)
-    tile = _owner(item, item_starts, counts)
-    part = item - item_starts[tile]
-    item_begin = origin[tile] + part * piece[tile]
-    item_end = jnp.minimum(item_begin + piece[tile], end[tile])
-    item_begin = jnp.maximum(item_begin, begin[tile])
-    item_end = jnp.where(item < counts.sum(), item_end, item_begin)
+    tile = _owner(item, item_starts, cuts.counts)
+    item_begin, item_end = cuts.piece(tile, item - item_starts[tile])
+    item_end = jnp.where(item < cuts.counts.sum(), item_end, item_begin)
     fields = [rows[tile], tile, first_pos[tile], last_pos[tile], item_begin, item_end]
     fields += [jnp.zeros_like(item)] * (NUM_ITEM_FIELDS - len(fields))
     member = jnp.arange(tile_q, dtype=jnp.int32)[None, :]
     tokens = jnp.where(real, starts[rows] + offset, 0)[:, None]
-    tokens = tokens + jnp.minimum(member, jnp.maximum(size, 1)[:, None] - 1)
     place = jnp.arange(num_tokens, dtype=jnp.int32) - starts[batch.rows]
     is_token = jnp.arange(num_tokens) < batch.query_start_loc[-1]
     return WorkPlan(
         items=jnp.stack(fields, axis=1).astype(jnp.int32),
-        num_items=counts.sum(dtype=jnp.int32)[None],
+        num_items=cuts.counts.sum(dtype=jnp.int32)[None],
         item_starts=item_starts,
-        item_counts=counts.astype(jnp.int32),
+        item_counts=cuts.counts,
         tile_rows=rows,
         tile_first_pos=first_pos,
-        tile_tokens=tokens,
+        tile_tokens=tokens + jnp.minimum(member, jnp.maximum(size, 1)[:, None] - 1),
         token_tiles=jnp.where(is_token, first_tile[batch.rows] + place // tile_q, 0),
         token_slots=jnp.where(is_token, place % tile_q, 0),
     )
+
+
+class _Cuts:
+    """How the keys of each tile, ``begin`` to ``end`` in tiles of keys, are cut into pieces, none of them empty."""
+
+    def __init__(self, begin: jax.Array, end: jax.Array, real: jax.Array) -> None:
+        self.begin, self.end, self.real = begin, end, real
+        self.origin = self.size = self.counts = begin
+
+    def cut_at_multiples(self, size: int) -> None:
+        """At the same positions whatever the window's place and the batch."""
+        self.size = jnp.full_like(self.begin, size)
+        self.origin = self.begin // size * size
+        self._count()
+
+    def cut_evenly(self, budget: int) -> None:
+        """Into pieces of a ``budget``-th of all keys or somewhat more: at most ``budget`` more than tiles."""
+        length = jnp.where(self.real, self.end - self.begin, 0)
+        share = jnp.maximum(-(-length.sum() // max(budget, 1)), 1)
+        pieces = jnp.maximum(length // share, 1) if budget else jnp.ones_like(length)
+        self.size = jnp.maximum(-(-length // pieces), 1)
+        self.origin = self.begin
+        self._count()
+
+    def _count(self) -> None:
+        counts = jnp.where(self.real, -(-(self.end - self.origin) // self.size), 0)
+        self.counts = counts.astype(jnp.int32)
+
+    def piece(self, tile: jax.Array, part: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Where piece ``part`` of a tile begins and ends."""
+        first = self.origin[tile] + part * self.size[tile]
+        return jnp.maximum(first, self.begin[tile]), jnp.minimum(first + self.size[tile], self.end[tile])
 
 
 def _exclusive_sum(counts: jax.Array) -> jax.Array:

@@ -68,9 +68,7 @@ class Ring:
             return
 
         # By one warp: copies that a whole warpgroup issues have a barrier of the warpgroup before each.
-        @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
-        def _() -> None:
-            pl.when(lax.axis_index("warp") == 0)(copy_all)
+        plgpu.warp_map(lambda warp: pl.when(warp == 0)(copy_all))
 
     def wait_keys(self, step: Any) -> None:
         """Until the keys of a step are there; with cp.async its values too."""

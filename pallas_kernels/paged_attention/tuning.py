@@ -10,13 +10,11 @@ import re
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 
 from jaxpaged.pallas_kernels.mosaic_gpu import GpuTarget
-
-Form = Literal["mma", "wgmma"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class MosaicConfig:
         raised to hold the heads of one token.
     """
 
-    form: Form = "mma"
+    form: str = "mma"
     tile_kv: int = 64
     stages: int = 2
     ctas_per_sm: int = 3

@@ -57,12 +57,12 @@ def nothing(frame):  # type: ignore[no-untyped-def]
 def test_threads_that_register_one_name_agree() -> None:
     """A warm-up compiles in several threads; XLA refuses a second handler under the same name."""
     jax.devices()  # before this, registrations only queue up
-    together = threading.Barrier(4)
+    together = threading.Barrier(4, timeout=60)
 
     def register_together() -> None:
         together.wait()
         register("test_registered_by_threads", nothing)
 
     with ThreadPoolExecutor(4) as threads:
-        for result_of_one in [threads.submit(register_together) for _ in range(4)]:
-            result_of_one.result()
+        futures = [threads.submit(register_together) for _ in range(4)]
+    assert [future.exception() for future in futures] == [None] * 4

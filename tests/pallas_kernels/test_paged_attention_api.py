@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpaged.pallas_kernels import AttentionBatch, AttentionVariant, KVPool, paged_attention
+from jaxpaged.pallas_kernels import AttentionBatch, AttentionVariant, KVPool, mosaic_gpu, paged_attention
+from jaxpaged.pallas_kernels.mosaic_gpu import GpuTarget
 from jaxpaged.pallas_kernels.paged_attention import best_implementation, numba_cpu
+from jaxpaged.pallas_kernels.paged_attention.api import _log_choice
 from jaxpaged.pallas_kernels.paged_attention.cases import Case, alibi, make_inputs
+from jaxpaged.pallas_kernels.paged_attention.mosaic_gpu import paged_attention_mosaic_gpu
 from tests.pallas_kernels.oracle import softmax_attention
 
 CASE = Case("api", ((5, 3), (17, 1)), num_heads=8, num_kv_heads=4, head_dim=16)
@@ -24,7 +27,7 @@ def with_field(batch: AttentionBatch, name: str, value: Any) -> AttentionBatch:
 
 def test_unknown_implementation() -> None:
     with pytest.raises(
-        ValueError, match=r"implementation='triton' is none of \['numba', 'reference', 'xla'\]"
+        ValueError, match=r"implementation='triton' is none of \['mosaic_gpu', 'numba', 'reference', 'xla'\]"
     ):
         paged_attention(*take(CASE), implementation="triton")
 
@@ -84,6 +87,63 @@ def test_sinks_of_the_wrong_size() -> None:
 def test_the_best_one_for_a_call(platform: str, dtype: str, variant: AttentionVariant, expected: str) -> None:
     q, pool, _ = make_inputs(CASE, dtype=jnp.dtype(dtype))
     assert best_implementation(platform, q, pool, variant) == expected
+
+
+ON_GPU = Case("gpu", ((5, 3), (17, 1)), num_heads=8, num_kv_heads=4, head_dim=64)
+COSINE = AttentionVariant(score_mod=lambda score, row, head, q_pos, kv_pos: jnp.cos(score))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "variant", "reason"),
+    [
+        ((9, 0), "bfloat16", 64, AttentionVariant(), None),
+        ((9, 0), "float16", 128, alibi(8), None),
+        ((9, 0), "float32", 64, AttentionVariant(), "takes bfloat16 or float16"),
+        ((9, 0), "bfloat16", 80, AttentionVariant(), "head_dim=80 is none of"),
+        ((9, 0), "bfloat16", 64, COSINE, "cos"),
+        ((8, 0), "bfloat16", 64, AttentionVariant(), "chosen by itself on Hopper only and must be named"),
+        ((7, 5), "bfloat16", 64, AttentionVariant(), "compute capability 7.5"),
+    ],
+)
+def test_the_best_one_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capability: tuple[int, int],
+    dtype: str,
+    head_dim: int,
+    variant: AttentionVariant,
+    reason: str | None,
+) -> None:
+    """And where it is not the kernel, the log says why, once."""
+    monkeypatch.setattr(mosaic_gpu, "gpu_target", lambda: GpuTarget(capability, 132, "GPU of a test"))
+    _log_choice.cache_clear()
+    case = dataclasses.replace(ON_GPU, head_dim=head_dim)
+    q, pool, batch = make_inputs(case, dtype=jnp.dtype(dtype))
+    with caplog.at_level(logging.INFO, logger="jaxpaged"):
+        for _ in range(2):
+            chosen = best_implementation("gpu", q, pool, variant, batch)
+    assert chosen == ("xla" if reason else "mosaic_gpu")
+    assert len(caplog.records) == 1
+    assert (reason or "made for this device") in caplog.text
+
+
+def test_the_kernel_needs_a_gpu() -> None:
+    words = "'mosaic_gpu': it needs an NVIDIA GPU, and the default"
+    with pytest.raises(NotImplementedError, match=words):
+        paged_attention(*take(CASE), implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match=words):
+        paged_attention_mosaic_gpu(*take(CASE), AttentionVariant())
+
+
+@pytest.mark.parametrize("name", ["xla", "reference"])
+def test_determinism_is_refused_where_tiles_follow_the_batch(name: str) -> None:
+    with pytest.raises(NotImplementedError, match=rf"deterministic=True with implementation='{name}'"):
+        paged_attention(*take(CASE), implementation=name, deterministic=True)
+
+
+def test_what_is_always_deterministic_is_when_asked() -> None:
+    asked = paged_attention(*take(CASE), implementation="numba", deterministic=True)
+    np.testing.assert_array_equal(asked, paged_attention(*take(CASE), implementation="numba"))
 
 
 def test_none_takes_the_best_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
