@@ -28,7 +28,12 @@ from tests.gpu_compile.targets import TARGETS, missing_reason
 TIMEOUT = 240.0  # seconds of one case; the slowest known takes some twenty
 
 # Compilation is what is wanted here, so nothing may come from a cache; the GPUs are not there, so jax runs on the CPU.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+# As strict as the other tests, also from the command line.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+}
 
 
 def select(patterns: list[str], target: str) -> list[str]:
