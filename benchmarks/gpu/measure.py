@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,8 +18,6 @@ from benchmarks.gpu.timing import Step, Timing, num_sets, time_jax, time_torch
 LAYOUTS = ("pool", "exact_pool", "pages", "contiguous")
 # bfloat16 results of two right implementations differ by about 0.005; a wrong block or head gives 1.
 TOLERANCE = 0.02
-# One launch of the plain implementation may take this long; slower ones are not timed further.
-SLOW_SECONDS = 1.0
 
 
 class Budget:
@@ -70,13 +68,15 @@ class Setting:
         *,
         launches: int = 32,
         donate: bool = False,
+        check: Callable[[Any], None] | None = None,
+        program: Any = None,
     ) -> Timing:
         """``time_jax`` as this run does it."""
-        if self.is_dry:
-            return time_jax(
-                step, carry, sets, shared, launches=2, donate=donate, samples=2, sample_seconds=0.0
-            )
-        return time_jax(step, carry, sets, shared, launches=launches, donate=donate)
+        dry = {"samples": 2, "sample_seconds": 0.0} if self.is_dry else {}
+        launches = 1 if self.is_dry else launches
+        return time_jax(
+            step, carry, sets, shared, launches=launches, donate=donate, check=check, program=program, **dry
+        )
 
 
 class DeviceLostError(RuntimeError):
@@ -100,7 +100,7 @@ def measure_point(
 
     The first participant whose layout is ``pool`` is what the results of all others are compared with.
     """
-    expected: np.ndarray | None = None
+    comparison = Comparison()
     for layout in LAYOUTS:
         mine = [participant for participant in participants if participant.layout == layout]
         known = {p.name: found for p in mine if (found := setting.unpaged.get(_key(p, point))) is not None}
@@ -118,11 +118,9 @@ def measure_point(
             if setting.budget.left <= 0:
                 return
             try:
-                out, found = _measure(participant, point, sets, shared, expected, setting)
+                found = _measure(participant, point, sets, shared, comparison, setting)
             except Exception as error:  # a participant that is missing or broken ends no run
                 found = reason(error)
-            else:
-                expected = out if expected is None else expected
             if not participant.uses_blocks:
                 setting.unpaged[_key(participant, point)] = found
             yield participant.name, found
@@ -144,37 +142,46 @@ def _generate(layout: str, point: Point, setting: Setting) -> tuple[Any, Any]:
     return (inputs.page_sets if layout == "pages" else inputs.contiguous_sets)(point, count)
 
 
+class WrongResultError(ArithmeticError):
+    """A result differs from the expected one by more than rounding."""
+
+
+@dataclass
+class Comparison:
+    """Compares first results with an expected one; the first of all becomes it.
+
+    Attributes:
+      expected: float32 ``[B, Hq * D]``, or None yet.
+      error: relative error of the last result, in the norm.
+    """
+
+    expected: np.ndarray | None = None
+    error: float = 0.0
+
+    def __call__(self, result: Any) -> None:
+        """Raises WrongResultError if the result is another one."""
+        out = np.asarray(result, np.float32)
+        out = out.reshape(out.shape[0], -1)
+        expected = out if self.expected is None else self.expected
+        self.error = float(f"{np.linalg.norm(out - expected) / np.linalg.norm(expected):.2g}")
+        if not self.error < TOLERANCE:  # NaN is wrong as well
+            raise WrongResultError(f"relative error {self.error}")
+        self.expected = expected
+
+
 def _measure(
-    participant: Participant,
-    point: Point,
-    sets: Any,
-    shared: Any,
-    expected: np.ndarray | None,
-    setting: Setting,
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """The result of one launch, and the figures."""
+    participant: Participant, point: Point, sets: Any, shared: Any, comparison: Comparison, setting: Setting
+) -> dict[str, Any]:
+    """The figures of a participant, its result checked before."""
     step = participant.step(point)
     q: Any = inputs.queries(point)
     if participant.is_torch:
         q, sets = _to_torch(q, sets)
-        out = step(q, sets[0], shared).float().cpu().numpy().reshape(point.batch, -1)
-    else:
-        once = jax.jit(step)
-        out = np.asarray(once(q, sets[0], shared), np.float32).reshape(point.batch, -1)
-    found: dict[str, Any] = {}
-    if expected is not None:
-        found["error"] = float(f"{np.linalg.norm(out - expected) / np.linalg.norm(expected):.2g}")
-        if not found["error"] < TOLERANCE:  # NaN is wrong as well
-            return out, {"reason": f"wrong result: relative error {found['error']}", **found}
-    if participant.is_torch:
+        comparison(step(q, sets[0], shared).float().cpu().numpy())
         timing = time_torch(step, q, sets, launches=participant.launches)
     else:
-        started = time.perf_counter()
-        jax.block_until_ready(once(q, sets[0], shared))
-        if time.perf_counter() - started > SLOW_SECONDS:
-            return out, {"reason": f"one launch takes longer than {SLOW_SECONDS:.0f} s", **found}
-        timing = setting.time(step, q, sets, shared, launches=participant.launches)
-    return out, {**figures(timing, point.kv_bytes, setting.copy_bandwidth), **found}
+        timing = setting.time(step, q, sets, shared, launches=participant.launches, check=comparison)
+    return {**figures(timing, point.kv_bytes, setting.copy_bandwidth), "error": comparison.error}
 
 
 def figures(timing: Timing, num_bytes: int, copy_bandwidth: float) -> dict[str, Any]:

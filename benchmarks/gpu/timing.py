@@ -84,17 +84,24 @@ def num_sets(set_bytes: int, max_bytes: int) -> int:
     return max(1, min(wanted, MAX_SETS, max_bytes // max(set_bytes, 1)))
 
 
-def repeat(step: Step, launches: int) -> Callable[[Any, Sequence[Any], Any], Any]:
-    """``launches`` of ``step``, one after the other, through the sets in turn."""
+def repeat(step: Step, launches: int) -> Callable[[Any, Sequence[Any], Any], tuple[Any, Any]]:
+    """``launches`` of ``step``, one after the other, through the sets in turn: the first result and the last."""
     # Lowered once and called many times; XLA sees the copies, the tracer does not.
     one = jax.jit(step)
 
-    def program(carry: Any, sets: Sequence[Any], shared: Any) -> Any:
-        for launch in range(launches):
+    def program(carry: Any, sets: Sequence[Any], shared: Any) -> tuple[Any, Any]:
+        first = carry = one(carry, sets[0], shared)
+        for launch in range(1, launches):
             carry = one(carry, sets[launch % len(sets)], shared)
-        return carry
+        return first, carry
 
     return program
+
+
+def repeat_in_place(step: Step, launches: int) -> Callable[[Any, Sequence[Any], Any], tuple[Any, Any]]:
+    """The same for a carry that is updated in place: the first result is gone."""
+    program = repeat(step, launches)
+    return lambda carry, sets, shared: (None, program(carry, sets, shared)[1])
 
 
 def time_jax(
@@ -105,6 +112,8 @@ def time_jax(
     *,
     launches: int = 32,
     donate: bool = False,
+    check: Callable[[Any], None] | None = None,
+    program: Callable[..., tuple[Any, Any]] | None = None,
     samples: int = SAMPLES,
     sample_seconds: float = SAMPLE_SECONDS,
     max_seconds: float = MAX_SECONDS,
@@ -118,26 +127,28 @@ def time_jax(
       shared: an input of every launch.
       launches: of one program. Where there are more sets, programs take turns with them.
       donate: whether the carry is updated in place.
+      check: called with the result of the very first launch, before anything is timed; raises if it is wrong.
+      program: ``compiled_program`` of the same step and launches, where it was compiled before.
       samples: how many times to measure.
       sample_seconds: how long each should take.
       max_seconds: a bound on all of them together, kept by taking fewer (two at least).
     """
     whole = len(sets) // launches * launches or len(sets)
     groups = [sets[first : min(first + launches, whole)] for first in range(0, whole, launches)]
-    # One launch is the step itself, which the caller may have compiled already.
-    function = step if launches == 1 else repeat(step, launches)
-    program = jax.jit(function, donate_argnums=0 if donate else ())
-    for _ in range(2):  # compiles; then settles clocks and allocator
+    program = program or compiled_program(step, launches, donate=donate)
+    for attempt in range(2):  # compiles; then settles clocks and allocator
         started = time.perf_counter()
-        carry = jax.block_until_ready(program(carry, groups[0], shared))
+        first, carry = jax.block_until_ready(program(carry, groups[0], shared))
         estimate = time.perf_counter() - started
+        if check is not None and attempt == 0:
+            check(first)
     calls = math.ceil(max(1, sample_seconds / estimate) / len(groups)) * len(groups)
     samples = max(2, min(samples, int(max_seconds / (estimate * calls))))
     times, dispatches = [], []
     for _ in range(samples):
         started = time.perf_counter()
         for call in range(calls):
-            carry = program(carry, groups[call % len(groups)], shared)
+            _, carry = program(carry, groups[call % len(groups)], shared)
             if call == min(calls, UNBLOCKED_CALLS) - 1:
                 dispatches.append((time.perf_counter() - started) / (call + 1))
         jax.block_until_ready(carry)
@@ -145,6 +156,21 @@ def time_jax(
     seconds = statistics.median(times)
     bound = statistics.median(dispatches) > 0.8 * seconds * launches
     return Timing(seconds, tuple(times), calls * launches, bound)
+
+
+def compiled_program(step: Step, launches: int, *, donate: bool = False) -> Callable[..., tuple[Any, Any]]:
+    """What ``time_jax`` calls; compiled at its first call."""
+    if donate:
+        return jax.jit(repeat_in_place(step, launches), donate_argnums=0)
+    if launches > 1:
+        return jax.jit(repeat(step, launches))
+    one = jax.jit(step)
+
+    def program(carry: Any, sets: Sequence[Any], shared: Any) -> tuple[Any, Any]:
+        only = one(carry, sets[0], shared)  # a program that returned it twice would copy it
+        return only, only
+
+    return program
 
 
 def time_torch(

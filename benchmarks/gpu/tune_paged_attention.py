@@ -15,7 +15,8 @@ import argparse
 import datetime
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ import numpy as np
 
 from benchmarks.gpu import device, inputs, report
 from benchmarks.gpu.bandwidth import copy_bandwidth
-from benchmarks.gpu.measure import TOLERANCE, Budget, DeviceLostError, Setting, reason
+from benchmarks.gpu.measure import Budget, Comparison, DeviceLostError, Setting, reason
 from benchmarks.gpu.participants import config_step, implementation_step
 from benchmarks.gpu.points import HEADS, Point, uniform
-from benchmarks.gpu.timing import Step
+from benchmarks.gpu.timing import Step, compiled_program
 from jaxpaged.pallas_kernels.paged_attention.tuning import CallShape, MosaicConfig, table_name
 
 PACKAGE = Path(__file__).resolve().parents[2] / "pallas_kernels" / "paged_attention"
@@ -122,35 +123,48 @@ def prepare_inputs(shape: Shape, setting: Setting) -> tuple[jax.Array, Any, Any]
 class Sweep:
     """One shape: its inputs, the right result, and the configurations that were timed."""
 
-    def __init__(self, shape: Shape, setting: Setting, step_of: Callable[[MosaicConfig], Step]) -> None:
-        self.shape, self.setting, self.step_of = shape, setting, step_of
+    def __init__(
+        self, shape: Shape, setting: Setting, step_of: Callable[[MosaicConfig], Step], workers: int
+    ) -> None:
+        self.shape, self.setting, self.step_of, self.workers = shape, setting, step_of, workers
+        self.launches = 1 if setting.is_dry else 16 if shape.queries == 1 else 4
         self.q, self.pools, self.batch = prepare_inputs(shape, setting)
-        self.expected = self._result(implementation_step("xla")(shape.point))
+        plain = implementation_step("xla")(shape.point)
+        self.expected = np.asarray(jax.jit(plain)(self.q, self.pools[0], self.batch), np.float32)
         self.timed: dict[MosaicConfig, float] = {}
         self.refused: dict[str, int] = {}
 
-    def _result(self, step: Step) -> np.ndarray:
-        return np.asarray(jax.jit(step)(self.q, self.pools[0], self.batch), np.float32)
-
-    def try_all(self, configs: Sequence[MosaicConfig]) -> Iterator[None]:
-        """Times each configuration; yields after every one."""
-        for config in configs[:2] if self.setting.is_dry else configs:
+    def try_all(self, configs: Sequence[MosaicConfig]) -> None:
+        """Compiles all configurations side by side and checks their results; then times one after the other."""
+        configs = configs[:2] if self.setting.is_dry else configs
+        with ThreadPoolExecutor(self.workers) as pool:
+            built = [(config, pool.submit(self._build, config)) for config in configs]
+        for config, future in built:
             if self.setting.budget.left <= 0:
                 return
-            step = self.step_of(config)
             try:
-                out = self._result(step)
-                error = np.linalg.norm(out - self.expected) / np.linalg.norm(self.expected)
-                if not error < TOLERANCE:
-                    raise ArithmeticError("wrong result")
-                launches = 32 if self.shape.queries == 1 else 4
-                self.timed[config] = self.setting.time(
-                    step, self.q, self.pools, self.batch, launches=launches
-                ).seconds
+                timing = self.setting.time(
+                    self.step_of(config),
+                    self.q,
+                    self.pools,
+                    self.batch,
+                    launches=self.launches,
+                    program=future.result(),
+                )
             except Exception as failed:  # too much shared memory, say
                 why = reason(failed)["reason"]
                 self.refused[why] = self.refused.get(why, 0) + 1
-            yield
+            else:
+                self.timed[config] = timing.seconds
+
+    def _build(self, config: MosaicConfig) -> Callable[..., Any]:
+        """The program to time. Raises WrongResultError if its first launch gives another result."""
+        if self.setting.budget.left <= 0:
+            raise TimeoutError("no time left")
+        program = compiled_program(self.step_of(config), self.launches)
+        first, _ = program(self.q, self.pools[: self.launches], self.batch)
+        Comparison(self.expected.reshape(len(self.expected), -1))(first)
+        return program
 
     def best(self, form: str, count: int = 1) -> list[MosaicConfig]:
         """The fastest configurations of a form."""
@@ -160,10 +174,8 @@ class Sweep:
     def run(self, forms: Sequence[str]) -> None:
         """Both rounds of every form."""
         for form in forms:
-            for _ in self.try_all(first_round(form, self.shape.queries)):
-                pass
-            for _ in self.try_all(second_round(self.best(form, KEPT))):
-                pass
+            self.try_all(first_round(form, self.shape.queries))
+            self.try_all(second_round(self.best(form, KEPT)))
 
     def entry(self) -> dict[str, Any]:
         """The line of the table: the shape, the fastest sizes, and what each form reached."""
@@ -192,6 +204,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kind", default="all", choices=("decode", "prefill", "all"))
     parser.add_argument("--memory-fraction", type=float, default=0.6)
     parser.add_argument("--budget-seconds", type=float, default=540.0)
+    parser.add_argument("--workers", type=int, default=6, help="threads that compile side by side")
     parser.add_argument("--resume", action="store_true", help="keep the shapes that the table has")
     parser.add_argument(
         "--dry-run", action="store_true", help="tiny, on any device, 'xla' in the kernel's place"
@@ -247,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"out of time before {shape.name}")
             break
         try:
-            sweep = Sweep(shape, setting, (lambda _: plain) if args.dry_run else config_step)
+            sweep = Sweep(shape, setting, (lambda _: plain) if args.dry_run else config_step, args.workers)
             sweep.run(args.forms)
             table["entries"] += [sweep.entry()] if sweep.timed else []
             table["refused"][shape.name] = sweep.refused

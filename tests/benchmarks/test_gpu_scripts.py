@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu import inputs, paged_attention, participants, report, scatter, tune_paged_attention
-from benchmarks.gpu.measure import Budget, Setting, measure_point
+from benchmarks.gpu.measure import Budget, Comparison, Setting, WrongResultError, measure_point
 from benchmarks.gpu.points import BARS, Grid, Point, Scatter, uniform
-from benchmarks.gpu.timing import num_sets, repeat, time_jax
+from benchmarks.gpu.timing import compiled_program, num_sets, repeat, time_jax
 from jaxpaged.pallas_kernels import mosaic_gpu as device_target
 from jaxpaged.pallas_kernels import paged_attention as attend
 from jaxpaged.pallas_kernels.mosaic_gpu import GpuTarget
@@ -147,7 +147,10 @@ def test_a_querys_size_survives_many_launches() -> None:
     point = Point((200,), 4, 2, 16, 64)
     pools, batch = inputs.paged_sets(point, 2)
     step = participants.implementation_step("reference")(point)
-    out = np.asarray(jax.jit(repeat(step, 12))(inputs.queries(point), pools, batch), np.float32)
+    first, last = jax.jit(repeat(step, 12))(inputs.queries(point), pools, batch)
+    once = attend(inputs.queries(point), pools[0], 0, batch, implementation="reference")
+    np.testing.assert_allclose(np.asarray(first, np.float32), np.asarray(once, np.float32), atol=0.01)
+    out = np.asarray(last, np.float32)
     assert 0.3 < np.std(out) < 1.5
 
 
@@ -156,7 +159,8 @@ def test_launches_go_through_the_sets_in_turn() -> None:
         return carry * base + digit
 
     digits = [jnp.int32(digit) for digit in (1, 2, 3)]
-    assert int(repeat(step, 5)(jnp.int32(0), digits, jnp.int32(10))) == 12312
+    first, last = repeat(step, 5)(jnp.int32(0), digits, jnp.int32(10))
+    assert (int(first), int(last)) == (1, 12312)
     timing = time_jax(step, jnp.int32(0), digits, jnp.int32(1), launches=2, samples=3, sample_seconds=0.0)
     assert timing.launches == 2, "the set that makes no whole program is left out"
     assert len(timing.samples) == 3
@@ -171,12 +175,24 @@ def test_as_many_sets_as_displace_a_cache_and_fit() -> None:
     assert num_sets(2**20, 0) == 1
 
 
+def test_a_wrong_result_is_not_timed() -> None:
+    """Off by a tenth, or not a number."""
+    for wrong in (jnp.float32(1.1), jnp.float32(np.nan)):
+        comparison = Comparison(np.ones((1, 4), np.float32))
+        with pytest.raises(WrongResultError, match="relative error"):
+            time_jax(lambda x, by, _: x * by, jnp.ones((1, 2, 2)), [wrong], launches=2, check=comparison)
+    comparison = Comparison()
+    comparison(jnp.ones((1, 2, 2)))
+    comparison(jnp.full((1, 2, 2), 1.001))
+    assert comparison.error == pytest.approx(0.001, rel=0.1)
+
+
 def test_scatter_and_its_floor_write_in_place() -> None:
     """A copy of the pool would hide what either costs."""
     carry, sets = scatter._sets(Scatter(8, False, 2, 16, 32), dry_setting())
     flat = jnp.zeros((carry.k.size // 32, 2, 32), carry.k.dtype)
     for step, state in ((scatter._contiguous_step, flat), (scatter._scatter_step("xla"), carry)):
-        program = jax.jit(repeat(step, 2), donate_argnums=0).lower(state, sets, None).compile()
+        program = compiled_program(step, 2, donate=True).lower(state, sets, None).compile()
         assert program.memory_analysis().temp_size_in_bytes < carry.k.nbytes / 8
 
 
