@@ -57,9 +57,14 @@ def memory_bytes() -> int:
     return int(stats.get("bytes_limit", DRY_RUN_BYTES))
 
 
-def describe() -> dict[str, Any]:
-    """Hardware, driver, versions and commit, as JSON's own types."""
+def describe(commit: str | None = None) -> dict[str, Any]:
+    """Hardware, driver, versions and commit, as JSON's own types.
+
+    Args:
+      commit: what runs, where the sources were copied without their repository.
+    """
     found = environment()
+    found["commit"] = found["commit"] or commit
     for name in PEERS:
         try:
             found["versions"][name] = metadata.version(name)

@@ -73,6 +73,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--memory-fraction", type=float, default=0.6, help="of what JAX has, for keys and values"
     )
     parser.add_argument("--budget-seconds", type=float, default=540.0)
+    parser.add_argument("--commit", help="what runs, where the sources were copied without their repository")
     parser.add_argument("--resume", action="store_true", help="leave out the points that --out has")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-<date>.json")
     args = parser.parse_args(arguments)
@@ -98,7 +99,7 @@ def new_report(args: argparse.Namespace) -> dict[str, Any]:
         "command": " ".join(["python", "benchmarks/gpu/paged_attention.py", *sys.argv[1:]]),
         "dry_run": args.dry_run,
         "finished": False,
-        **device.describe(),
+        **device.describe(args.commit),
         **{name: [] for name in ("bars", "points", "variants", "ragged", "scatter")},
         "slower_than_peers": [],
         "skipped": [],

@@ -205,6 +205,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory-fraction", type=float, default=0.6)
     parser.add_argument("--budget-seconds", type=float, default=540.0)
     parser.add_argument("--workers", type=int, default=6, help="threads that compile side by side")
+    parser.add_argument("--commit", help="what runs, where the sources were copied without their repository")
     parser.add_argument("--resume", action="store_true", help="keep the shapes that the table has")
     parser.add_argument(
         "--dry-run", action="store_true", help="tiny, on any device, 'xla' in the kernel's place"
@@ -222,7 +223,7 @@ def new_table(args: argparse.Namespace, path: Path) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "dry_run": args.dry_run,
         "device": jax.local_devices()[0].device_kind,
-        **device.describe(),
+        **device.describe(args.commit),
         "copy_bandwidth": copy_bandwidth(2**22 if args.dry_run else 2**30)["bytes_per_second"],
         "refused": {},
         "entries": [],
