@@ -17,7 +17,7 @@ from jaxpaged.errors import InvalidRequestError
 from jaxpaged.memory import num_blocks_for, step_bytes, tree_bytes
 from jaxpaged.models import Decoder, ModelConfig, flat_parameters, load_config, load_model, split_parameters
 from jaxpaged.pallas_kernels import AttentionVariant, KVPool
-from jaxpaged.pallas_kernels.paged_attention.api import IMPLEMENTATIONS
+from jaxpaged.pallas_kernels.paged_attention.api import IMPLEMENTATIONS, unsupported_reason
 from jaxpaged.program import DeviceState, Programs
 from jaxpaged.runner import Runner
 from jaxpaged.sampler import init_sampler_state
@@ -55,7 +55,10 @@ def with_weights(model: Decoder, params: Any) -> Decoder:
 
 
 def resolve(
-    model: str | os.PathLike[str] | Decoder, arguments: dict[str, Any], device: Any
+    model: str | os.PathLike[str] | Decoder,
+    arguments: dict[str, Any],
+    variant: AttentionVariant | None,
+    device: Any,
 ) -> tuple[ModelConfig, EngineConfig, Decoder]:
     """Configuration of model and engine, and the model."""
     model_config = model.config if isinstance(model, Decoder) else load_config(Path(model))
@@ -70,6 +73,7 @@ def resolve(
     if config.attention is not None and config.attention not in list(IMPLEMENTATIONS):
         known = ", ".join(sorted(IMPLEMENTATIONS))
         raise InvalidRequestError("attention", config.attention, f"must be None or one of {known}")
+    _check_attention(model_config, config, variant or AttentionVariant())
     if not isinstance(model, Decoder):
         model = load_model(Path(model), dtype=jnp.dtype(config.dtype))
     return model_config, config, model
@@ -114,6 +118,23 @@ def assemble(
         num_scheduler_steps=config.num_scheduler_steps,
     )
     return EngineCore(scheduler, builder, runner, vocab_size=shape.vocab_size), num_blocks
+
+
+def _check_attention(shape: ModelConfig, config: EngineConfig, variant: AttentionVariant) -> None:
+    """Refuses a named attention that cannot run here, before anything is allocated."""
+    if config.attention is None:
+        return
+    reasons: list[str | None] = []
+
+    def ask(q: jax.Array, kv: jax.Array) -> None:
+        reasons.append(unsupported_reason(config.attention or "", q, KVPool(kv, kv, 1), variant))
+
+    dtype = jnp.dtype(config.dtype)
+    q = jax.ShapeDtypeStruct((1, shape.num_heads, shape.head_dim), dtype)
+    kv = jax.ShapeDtypeStruct((1, shape.num_kv_heads, config.block_size, shape.head_dim), dtype)
+    jax.eval_shape(ask, q, kv)  # traced only
+    if reasons[0] is not None:
+        raise NotImplementedError(f"attention={config.attention!r} cannot be used here: {reasons[0]}")
 
 
 def _new_state(shape: ModelConfig, config: EngineConfig, num_blocks: int) -> DeviceState:

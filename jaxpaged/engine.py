@@ -49,6 +49,7 @@ class Engine:
 
     Raises:
       ValueError: a wrong argument or checkpoint; the message names it and its value.
+      NotImplementedError: a named ``attention`` cannot run here: the device, a dtype, a size or the variant.
       MemoryError: the KV pool would not hold one sequence of ``max_model_len``.
     """
 
@@ -71,7 +72,7 @@ class Engine:
         if compilation_cache_dir is not None:
             keep_compiled_programs(compilation_cache_dir)
         folder = None if isinstance(model, Decoder) else Path(model)
-        self.model_config, self.config, model = resolve(model, arguments, device)
+        self.model_config, self.config, model = resolve(model, arguments, variant, device)
         if folder is None:
             model = with_weights(model, params)
         if tokenizer is None and folder is not None:

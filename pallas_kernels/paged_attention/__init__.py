@@ -1,5 +1,10 @@
 """Attention over a paged KV pool."""
 
-from jaxpaged.pallas_kernels.paged_attention.api import IMPLEMENTATIONS, best_implementation, paged_attention
+from jaxpaged.pallas_kernels.paged_attention.api import (
+    IMPLEMENTATIONS,
+    best_implementation,
+    paged_attention,
+    unsupported_reason,
+)
 
-__all__ = ["IMPLEMENTATIONS", "best_implementation", "paged_attention"]
+__all__ = ["IMPLEMENTATIONS", "best_implementation", "paged_attention", "unsupported_reason"]

@@ -131,6 +131,25 @@ def best_implementation(
     return _log_choice(platform, "xla", "there is no kernel for this device")
 
 
+def unsupported_reason(
+    implementation: str, q: jax.Array, kv_pool: KVPool, variant: AttentionVariant
+) -> str | None:
+    """Why a named implementation cannot take calls of these shapes and dtypes on the default device, or None.
+
+    Nothing is computed: ``q`` and ``kv_pool`` may be tracers.
+    """
+    if implementation == "numba":
+        if jax.default_backend() != "cpu":
+            return f"it runs on the CPU, the default device is a {jax.default_backend()}"
+        return numba_cpu.unsupported_reason(q.dtype, kv_pool.k.dtype, variant)
+    if implementation == "mosaic_gpu":
+        from jaxpaged.pallas_kernels.mosaic_gpu import gpu_target
+        from jaxpaged.pallas_kernels.paged_attention import mosaic_gpu
+
+        return mosaic_gpu.unsupported_reason(gpu_target(), q, kv_pool, variant)
+    return None
+
+
 @cache
 def _log_choice(platform: str, name: str, reason: str) -> str:
     logger.info("paged_attention on %s uses implementation %r: %s", platform, name, reason)

@@ -93,12 +93,19 @@ def test_new_values_in_a_variant_change_the_outcome_and_nothing_else() -> None:
         assert is_dense_greedy(prompt_of(13), output.outputs[0].token_ids, model) is (slope == 0.0)
 
 
-def test_a_named_implementation_never_falls_back() -> None:
-    with (
-        Engine(tiny_decoder(), variant=VARIANTS["alibi"], attention="numba", **SIZES) as engine,
-        pytest.raises(NotImplementedError, match="numba"),
-    ):
-        engine.generate(prompt_of(3), GREEDY)
+@pytest.mark.parametrize(
+    ("attention", "variant", "words"),
+    [
+        ("numba", VARIANTS["alibi"], "'numba' cannot be used here: score_mod and mask_mod are JAX functions"),
+        ("mosaic_gpu", None, "'mosaic_gpu' cannot be used here: it needs an NVIDIA GPU"),
+    ],
+)
+def test_a_named_implementation_never_falls_back(
+    attention: str, variant: AttentionVariant | None, words: str
+) -> None:
+    """Nor does it wait for the first request to say so."""
+    with pytest.raises(NotImplementedError, match=words):
+        Engine(tiny_decoder(), variant=variant, attention=attention, **SIZES)
 
 
 def test_low_precision_runs_and_stays_close() -> None:
