@@ -178,8 +178,10 @@ def softmax_weights(
     """One step of the online softmax (arXiv:1805.02867): weights, decay of what came before, new maximum."""
     scores = jnp.where(visible, scores, MASKED)
     new_top = jnp.maximum(top, scores.max(axis=1))
-    weights = jnp.exp2(scores - lax.broadcast_in_dim(new_top, scores.shape, [0]))
-    return jnp.where(visible, weights, 0.0), jnp.exp2(top - new_top), new_top
+    # Where no key was visible so far, MASKED minus half of it: a weight of zero, where MASKED minus itself gave one.
+    subtracted = jnp.maximum(new_top, MASKED / 2)
+    weights = jnp.exp2(scores - lax.broadcast_in_dim(subtracted, scores.shape, [0]))
+    return weights, jnp.exp2(top - new_top), new_top
 
 
 def normalised(acc: jax.Array, top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:

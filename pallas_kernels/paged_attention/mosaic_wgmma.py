@@ -33,7 +33,7 @@ from jaxpaged.pallas_kernels.variant import MASKED
 
 _COMPUTE, _COPY = 0, 1
 # Of 512 for four threads, one in each warpgroup pair: multiples of 8, PTX ISA, "setmaxnreg".
-_COPY_REGISTERS, _COMPUTE_REGISTERS = 40, 232
+_COPY_REGISTERS, _COMPUTE_REGISTERS = 24, 240
 
 
 class WGMMA:

@@ -17,7 +17,8 @@ from tests.support.repository import ROOT
 Report = dict[str, Any]
 PAIRS = [(target, case) for target in TARGETS for case, c in CASES.items() if target in c.targets]
 
-pytestmark = pytest.mark.timeout(1200)  # the first test of a target waits for all of its cases
+# The first test of a target waits for all of its cases.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="session")
