@@ -16,7 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.pallas_kernels.batch import AttentionBatch, KVPool
-from jaxpaged.pallas_kernels.mosaic_gpu import INTERPRETED, GpuTarget, gpu_target, unsupported_device_reason
+from jaxpaged.pallas_kernels.mosaic_gpu import (
+    INTERPRETED,
+    GpuTarget,
+    gpu_target,
+    smem_bytes_of,
+    unsupported_device_reason,
+)
 from jaxpaged.pallas_kernels.paged_attention.mosaic_combine import combine
 from jaxpaged.pallas_kernels.paged_attention.mosaic_launch import attend_items
 from jaxpaged.pallas_kernels.paged_attention.mosaic_mma import MMA
@@ -34,6 +40,9 @@ from jaxpaged.pallas_kernels.variant import AttentionVariant, VariantSpec
 HEAD_DIMS = (64, 96, 128, 192, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_GROUP = 64
+
+# Barriers, and what the compiler reserves to reduce across warps.
+_SCRATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,11 @@ def unsupported_reason(
     assert target is not None
     if config is not None and config.form == "wgmma" and not target.has_wgmma:
         return f"config.form='wgmma' needs a Hopper GPU, the target is {target.kind}"
+    if config is not None:
+        tile_m, _ = _tile_rows(config, q.shape[1] // kv_pool.k.shape[1])
+        needed = shared_memory(config, tile_m, kv_pool.k.shape[3])
+        if needed > target.smem_bytes:
+            return f"{config} needs {needed} bytes of shared memory, {target.kind} has {target.smem_bytes}"
     try:
         mods = split_mods(variant)
     except NotImplementedError as error:
@@ -153,6 +167,13 @@ def _config(
         q.shape[0], num_rows, q.shape[1], num_kv_heads, head_dim, block_size, table_width * block_size
     )
     return config_for(target, shape, q.dtype, deterministic=deterministic)
+
+
+def shared_memory(config: MosaicConfig, tile_m: int, head_dim: int) -> int:
+    """Bytes that a thread block takes of shared memory, within what barriers and reductions need (``_SCRATCH``)."""
+    ring = (2 * config.stages, config.tile_kv, head_dim)
+    other = (tile_m, head_dim if config.form == "wgmma" else config.tile_kv)
+    return smem_bytes_of([(ring, jnp.bfloat16), (other, jnp.bfloat16)]) + _SCRATCH
 
 
 def _tile_rows(config: MosaicConfig, group: int) -> tuple[int, int]:

@@ -169,6 +169,9 @@ def test_deterministic_means_the_same_bits_in_every_batch(form: str) -> None:
     assert num_real(inputs[2]) == 8
 
 
+LARGE = MosaicConfig("mma", tile_kv=128, stages=4)
+
+
 @pytest.mark.parametrize(
     ("case", "config", "target", "words"),
     [
@@ -176,6 +179,12 @@ def test_deterministic_means_the_same_bits_in_every_batch(form: str) -> None:
         (Case("a", _ROWS, block_size=8), None, SMALL_GPU, "block_size=8 is none of"),
         (Case("a", _ROWS, num_heads=65, num_kv_heads=1), None, SMALL_GPU, "at most 64 may share one"),
         (Case("a", _ROWS), WGMMA, GpuTarget((8, 0), 108, "NVIDIA A100"), "needs a Hopper GPU"),
+        (
+            Case("a", _ROWS, head_dim=256),
+            LARGE,
+            SMALL_GPU,
+            r"needs 5\d+ bytes of shared memory, interpreter has 23",
+        ),
         (Case("a", _ROWS), None, GpuTarget((7, 5), 40, "Tesla T4"), "compute capability 7.5 of Tesla T4"),
     ],
 )

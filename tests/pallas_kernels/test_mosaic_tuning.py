@@ -10,6 +10,7 @@ import pytest
 
 from jaxpaged.pallas_kernels.mosaic_gpu import SUPPORTED_CAPABILITIES, GpuTarget
 from jaxpaged.pallas_kernels.paged_attention import tuning
+from jaxpaged.pallas_kernels.paged_attention.mosaic_gpu import shared_memory
 from jaxpaged.pallas_kernels.paged_attention.tuning import CallShape, MosaicConfig, config_for, table_name
 
 H200 = GpuTarget((9, 0), 132, "A GPU of this test")
@@ -74,9 +75,7 @@ def test_the_rule_fits_shared_memory_everywhere(
         config = config_for(
             target, shape(head_dim=head_dim, num_tokens=tokens, num_heads=heads), jnp.bfloat16
         )
-        ring = config.stages * 2 * config.tile_kv * head_dim * 2
-        queries = config.tile_m * head_dim * 2 if config.form == "wgmma" else 0
-        assert ring + queries + config.tile_m * config.tile_kv * 2 + 4096 <= target.smem_bytes
+        assert shared_memory(config, config.tile_m, head_dim) <= target.smem_bytes
         assert config.form == "mma" or target.has_wgmma
 
 
