@@ -32,7 +32,7 @@ from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import (
 from jaxpaged.pallas_kernels.variant import MASKED
 
 _COMPUTE, _COPY = 0, 1
-# Of 512 for four threads, one in each warpgroup pair: multiples of 8, PTX ISA, "setmaxnreg".
+# Registers of a thread: the least that "setmaxnreg" allows (PTX ISA), and what head_dim 256 takes without spilling.
 _COPY_REGISTERS, _COMPUTE_REGISTERS = 24, 240
 
 
