@@ -82,10 +82,13 @@ def unsupported_device_reason(target: GpuTarget | None) -> str | None:
     return None
 
 
-def kernel(body: Callable[..., None], *, interpret: Any = None, **options: Any) -> Callable[..., Any]:
+def kernel(
+    name: str, body: Callable[..., None], *, interpret: Any = None, **options: Any
+) -> Callable[..., Any]:
     """``plgpu.kernel`` under the compiler's parameters that all kernels here share.
 
     Args:
+      name: what profilers and compilers call it.
       body: the kernel.
       interpret: a ``plgpu.InterpretGPUParams`` to run in the interpreter on the CPU, for tests.
       **options: ``out_type``, ``grid``, ``grid_names``, ``scratch_types``, ``num_threads``, ``thread_name``.
@@ -94,7 +97,12 @@ def kernel(body: Callable[..., None], *, interpret: Any = None, **options: Any) 
     params = plgpu.CompilerParams(approx_math=True)
     if interpret is not None:
         options["interpret"] = interpret
-    return plgpu.kernel(body, compiler_params=params, **options)
+
+    def named(*refs: Any) -> None:
+        body(*refs)
+
+    named.__name__ = named.__qualname__ = name
+    return plgpu.kernel(named, compiler_params=params, **options)
 
 
 def store_global(ref: Any, value: jax.Array) -> None:

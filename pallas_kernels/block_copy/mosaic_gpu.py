@@ -78,6 +78,7 @@ def gather_blocks_mosaic_gpu(
         copy([pool.at[source, rows] for pool in (pool_k, pool_v)], find_targets, scratch)
 
     k, v = kernel(
+        "gather_blocks",
         gather_blocks_kernel,
         out_type=[staging, staging],
         grid=(num_layers, num_ids, tiles),
@@ -117,6 +118,7 @@ def scatter_blocks_mosaic_gpu(
     pools = jax.new_ref(_rows(kv_pool.k)), jax.new_ref(_rows(kv_pool.v))
     staging = (num_layers * num_ids, tiles * copy.shape[0], copy.shape[1])
     kernel(
+        "scatter_blocks",
         scatter_blocks_kernel,
         grid=(num_layers, num_ids, tiles),
         grid_names=_GRID_NAMES,

@@ -1,6 +1,7 @@
 """Block moves in plain JAX: XLA's gather and scatter, in place under donation on every device."""
 
 import jax
+import jax.numpy as jnp
 
 from jaxpaged.pallas_kernels.batch import KVPool
 
@@ -12,19 +13,24 @@ def copy_blocks_xla(kv_pool: KVPool, sources: jax.Array, targets: jax.Array) -> 
 
 def gather_blocks_xla(kv_pool: KVPool, block_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Arguments as in ``gather_blocks``."""
-    return _layered(kv_pool, kv_pool.k)[:, block_ids], _layered(kv_pool, kv_pool.v)[:, block_ids]
+    entries = _entries(kv_pool, block_ids)
+    return kv_pool.k[entries], kv_pool.v[entries]
 
 
 def scatter_blocks_xla(kv_pool: KVPool, block_ids: jax.Array, k: jax.Array, v: jax.Array) -> KVPool:
     """Arguments as in ``scatter_blocks``."""
+    entries = _entries(kv_pool, block_ids)
 
     def write(pool: jax.Array, new: jax.Array) -> jax.Array:
-        written = _layered(kv_pool, pool).at[:, block_ids].set(new.astype(pool.dtype))
-        return written.reshape(pool.shape)
+        return pool.at[entries].set(new.astype(pool.dtype))
 
     return KVPool(write(kv_pool.k, k), write(kv_pool.v, v), kv_pool.num_layers)
 
 
-def _layered(kv_pool: KVPool, pool: jax.Array) -> jax.Array:
-    """``[L, N, Hkv, S, D]``, no copy."""
-    return pool.reshape(kv_pool.num_layers, kv_pool.num_blocks, *pool.shape[1:])
+def _entries(kv_pool: KVPool, block_ids: jax.Array) -> jax.Array:
+    """int32 ``[L, P]``, where the blocks of each layer lie.
+
+    Indices into the pool as it is: reshaped to ``[L, N, ...]`` XLA:GPU moves the layers inwards, by copying all of it.
+    """
+    layers = jnp.arange(kv_pool.num_layers, dtype=jnp.int32)
+    return layers[:, None] * kv_pool.num_blocks + block_ids[None, :]

@@ -113,6 +113,7 @@ def _write(
 
     pools = jax.new_ref(pool_k), jax.new_ref(pool_v)
     kernel(
+        "cache_scatter",
         cache_scatter_kernel,
         grid=(num_heads // heads, pl.cdiv(num_tokens, tokens)),
         grid_names=("head_group", "token_group"),

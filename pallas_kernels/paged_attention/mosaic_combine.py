@@ -47,6 +47,7 @@ def combine(
     num_tiles = starts.shape[0]
     extra = () if sinks is None else (sinks,)
     run = kernel(
+        "paged_attention_combine",
         partial(_body, len(extra)),
         out_type=jax.ShapeDtypeStruct((num_tiles, num_kv_heads, tile_m, head_dim), dtype),
         grid=(num_tiles, num_kv_heads, head_dim // COLUMNS),

@@ -88,6 +88,7 @@ def attend_items(
     """
     max_items, (_, num_kv_heads, tile_m, head_dim) = plan.items.shape[0], q.shape
     run = kernel(
+        f"paged_attention_{shape.config.form}",
         partial(_body, form, shape, max_items, len(operands)),
         out_type=[
             jax.ShapeDtypeStruct((max_items, num_kv_heads, tile_m, head_dim), jnp.float32),

@@ -20,11 +20,26 @@ from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import Item, TileShape,
 def ring_scratch(shape: TileShape, dtype: Any) -> list[Any]:
     """Scratch of a kernel: buffers of keys and of values, then their barriers, none without TMA."""
     config = shape.config
-    buffer = plgpu.SMEM((config.stages, config.tile_kv, shape.head_dim), dtype)
+    extent = (config.stages, config.tile_kv, shape.head_dim)
     if not shape.has_tma:
-        return [buffer, buffer]
+        swizzle = _swizzle_for_cp_async(shape.copy_rows, shape.head_dim)
+        transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+        return [plgpu.SMEM(extent, dtype, transforms=transforms)] * 2
+    buffer = plgpu.SMEM(extent, dtype)
     barrier = plgpu.Barrier(num_arrivals=shape.blocks_per_tile, num_barriers=config.stages)
     return [buffer, buffer, barrier, barrier]
+
+
+def _swizzle_for_cp_async(rows: int, head_dim: int) -> int:
+    """Bytes of the widest swizzle that the compiler can copy to: tiles of 8 rows, a multiple of one for each warp.
+
+    Wider means fewer bank conflicts. With TMA the compiler's own choice, the widest that divides a row, always works.
+    """
+    for swizzle in (128, 64, 32):
+        columns, rest = divmod(2 * head_dim, swizzle)
+        if rest == 0 and (rows // 8) * columns % 4 == 0:
+            return swizzle
+    raise AssertionError(f"no swizzle for copies of {rows} rows of {head_dim}")
 
 
 class Ring:

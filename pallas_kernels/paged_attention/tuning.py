@@ -91,7 +91,7 @@ def _rule(target: GpuTarget, shape: CallShape) -> MosaicConfig:
     """Without measurements: two stages of as many keys as let three blocks share a multiprocessor's memory."""
     many_queries = shape.num_tokens > 2 * shape.num_rows
     group = shape.num_heads // shape.num_kv_heads
-    tile_m = 64 if many_queries or group > 32 else 32 if group > 16 else 16
+    tile_m = 64 if group > 32 else 32 if many_queries or group > 16 else 16
     stage_bytes = 2 * 64 * shape.head_dim * 2
     if many_queries and target.has_wgmma:
         stages = 3 if 3 * stage_bytes + 2 * 64 * shape.head_dim * 4 < target.smem_bytes else 2

@@ -55,6 +55,7 @@ def products(num_products: int = 1, stages: int = 1, has_tma: bool | None = None
         assert target is not None
         by_tma = target.has_tma if has_tma is None else has_tma
         return kernel(
+            "planted",
             body,
             out_type=jax.ShapeDtypeStruct((num_products, ROWS, COLUMNS), jnp.float32),
             grid=(1,),

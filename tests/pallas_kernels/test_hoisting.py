@@ -335,7 +335,9 @@ def run_in_kernel(case: Case, scores: jax.Array, interpret: Any = None) -> jax.A
     shape = (B, H, *TILE)
     tiles = [jnp.broadcast_to(hoisted.evaluate(*TILE_INDICES), shape) for hoisted in split.hoisted]
     out_type = jax.ShapeDtypeStruct(shape, jnp.float32)
-    call = kernel(body, interpret=interpret, out_type=out_type, grid=(B, H), grid_names=("row", "head"))
+    call = kernel(
+        "test", body, interpret=interpret, out_type=out_type, grid=(B, H), grid_names=("row", "head")
+    )
     return call(scores, *tiles)
 
 
