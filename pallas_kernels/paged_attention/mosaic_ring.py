@@ -23,7 +23,9 @@ def ring_scratch(shape: TileShape, dtype: Any) -> list[Any]:
     extent = (config.stages, config.tile_kv, shape.head_dim)
     if not shape.has_tma:
         swizzle = _swizzle_for_cp_async(shape.copy_rows, shape.head_dim)
-        transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+        # Their stubs leave out a method that the classes inherit.
+        tiling = plgpu.TilingTransform((8, swizzle // 2))  # type: ignore[abstract]
+        transforms = tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
         return [plgpu.SMEM(extent, dtype, transforms=transforms)] * 2
     buffer = plgpu.SMEM(extent, dtype)
     barrier = plgpu.Barrier(num_arrivals=shape.blocks_per_tile, num_barriers=config.stages)
