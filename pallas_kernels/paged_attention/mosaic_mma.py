@@ -25,9 +25,11 @@ from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import (
     Item,
     TileShape,
     clear_unseen,
+    first_key,
     has_unseen_keys,
     modify,
     normalised,
+    operands_of,
     softmax_weights,
 )
 from jaxpaged.pallas_kernels.variant import MASKED
@@ -66,16 +68,19 @@ def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
     top = plgpu.layout_cast(jnp.full((tile_m,), MASKED, jnp.float32), accumulator.reduce(1))
     start = zeros(tile_m, head_dim), top, zeros(tile_m, tile_kv), ring.ids(jnp.int32(ahead))
 
+    operands = operands_of(shape, item, refs.head, refs.operands, accumulator)
+
     def step(i: Any, carry: Any) -> Any:
         acc, top, totals, ids = carry
         slot = ring.slot(i)
         ring.before_reuse()
         ring.issue(i + ahead, ids)
         ids = ring.ids(i + (ahead + 1))
+        loaded = operands.at(first_key(shape, item, i))
         ring.wait_keys(i)
         keys = plgpu.load(ring.keys.at[slot].T, layout=rhs, optimized=False)
         scores = plgpu.mma(zeros(tile_m, tile_kv), queries, keys)
-        scores, visible = modify(shape, item, i, refs.head, scores, refs.operands, accumulator)
+        scores, visible = modify(shape, item, i, refs.head, scores, loaded, accumulator)
         weights, decay, top = softmax_weights(scores, visible, top)
         totals = totals * lax.broadcast_in_dim(decay, totals.shape, [0]) + weights
         weights_ref[...] = weights.astype(dtype)

@@ -120,29 +120,48 @@ def pack_operands(
     return tuple(arrays)
 
 
-def load_operands(
-    axes: Sequence[OperandAxes],
-    refs: Sequence[Any],
-    tile: Any,
-    head: Any,
-    first_key: Any,
-    shape: tuple[int, ...],
-    layout: Any,
-) -> list[jax.Array]:
-    """Inside a kernel: each operand for one tile of scores, as an array of ``shape`` in ``layout``."""
-    loaded = []
-    for a, ref in zip(axes, refs, strict=True):
-        at = (tile if a.tile else 0, head if a.head else 0)
-        keys = pl.ds(first_key, shape[1])
-        if a.row and a.key:
-            value = plgpu.load(ref.at[(*at, slice(None), keys)], layout=layout, optimized=False)
-        elif a.row:
-            column = plgpu.load(ref.at[at], layout=layout.reduce(1), optimized=False)
-            value = lax.broadcast_in_dim(column, shape, [0])
-        elif a.key:
+class LoadedOperands:
+    """Inside a kernel: the operands of one item.
+
+    What does not differ by key is read once, before the loop over keys; the rest step by step, by a call that
+    belongs before the wait for the step's keys, so that both are under way together.
+    """
+
+    def __init__(
+        self,
+        axes: Sequence[OperandAxes],
+        refs: Sequence[Any],
+        tile: Any,
+        head: Any,
+        extent: tuple[int, int],
+        layout: Any,
+    ) -> None:
+        self._extent, self._layout = extent, layout
+        places = [(tile if a.tile else 0, head if a.head else 0) for a in axes]
+        self._operands = [
+            (a, ref, at, None if a.key else self._fixed(a, ref, at))
+            for a, ref, at in zip(axes, refs, places, strict=True)
+        ]
+
+    def _fixed(self, axes: OperandAxes, ref: Any, at: tuple[Any, Any]) -> Any:
+        if axes.row:
+            return plgpu.load(ref.at[at], layout=self._layout.reduce(1), optimized=False)
+        return ref[at]
+
+    def at(self, first_key: Any) -> list[jax.Array]:
+        """Each operand over ``[M, tile_kv]`` for the keys from ``first_key`` on."""
+        return [self._over_tile(*operand, first_key) for operand in self._operands]
+
+    def _over_tile(
+        self, axes: OperandAxes, ref: Any, at: tuple[Any, Any], fixed: Any, first_key: Any
+    ) -> jax.Array:
+        extent, layout = self._extent, self._layout
+        keys = pl.ds(first_key, extent[1])
+        if axes.key and axes.row:
+            return plgpu.load(ref.at[(*at, slice(None), keys)], layout=layout, optimized=False)
+        if axes.key:
             line = plgpu.load(ref.at[(*at, keys)], layout=layout.reduce(0), optimized=False)
-            value = lax.broadcast_in_dim(line, shape, [1])
-        else:
-            value = plgpu.layout_cast(jnp.broadcast_to(ref[at], shape), layout)
-        loaded.append(value)
-    return loaded
+            return lax.broadcast_in_dim(line, extent, [1])
+        if axes.row:
+            return lax.broadcast_in_dim(fixed, extent, [0])
+        return plgpu.layout_cast(jnp.broadcast_to(fixed, extent), layout)

@@ -4,6 +4,7 @@ Scores live in base 2: ``exp2`` is one instruction, and ``log2(e)`` folds into t
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxpaged.pallas_kernels.hoisting import accurate_tanh
-from jaxpaged.pallas_kernels.paged_attention.mosaic_operands import KernelMods, load_operands
+from jaxpaged.pallas_kernels.paged_attention.mosaic_operands import KernelMods, LoadedOperands
 from jaxpaged.pallas_kernels.paged_attention.mosaic_plan import (
     BEGIN,
     END,
@@ -79,6 +80,11 @@ def read_item(items_ref: Any, index: Any) -> Item:
     return Item(index, field(ROW), field(TILE), field(FIRST_POS), field(LAST_POS), begin, field(END) - begin)
 
 
+def first_key(shape: TileShape, item: Item, step: Any) -> Any:
+    """Position of the first key of a step."""
+    return (item.begin + step) * shape.config.tile_kv
+
+
 def oldest_key(shape: TileShape, item: Item) -> Any:
     """The first position that any query of the tile sees."""
     if shape.sliding_window is None:
@@ -94,7 +100,7 @@ def block_ids(shape: TileShape, tables_ref: Any, base: Any, item: Item, step: An
     """
     ids = []
     for part in range(shape.blocks_per_tile):
-        first = (item.begin + step) * shape.config.tile_kv + part * shape.copy_rows
+        first = first_key(shape, item, step) + part * shape.copy_rows
         index = lax.div(first, jnp.int32(shape.block_size))
         seen = (first <= item.last_pos) & (first + shape.copy_rows > oldest_key(shape, item))
         # The table is read in range even past the item's end, where prefetching looks.
@@ -107,12 +113,12 @@ def first_key_in_block(shape: TileShape, item: Item, step: Any) -> Any:
     """Where in its block a tile of keys begins; blocks may be larger than tiles."""
     if shape.copy_rows == shape.block_size:
         return 0
-    return lax.rem((item.begin + step) * shape.config.tile_kv, jnp.int32(shape.block_size))
+    return lax.rem(first_key(shape, item, step), jnp.int32(shape.block_size))
 
 
 def has_unseen_keys(shape: TileShape, item: Item, step: Any) -> Any:
     """Whether a tile holds keys that no query sees, whose values may be anything, NaN included."""
-    first = (item.begin + step) * shape.config.tile_kv
+    first = first_key(shape, item, step)
     unseen = first + (shape.config.tile_kv - 1) > item.last_pos
     if shape.sliding_window is not None:
         unseen = unseen | (first < oldest_key(shape, item))
@@ -121,7 +127,7 @@ def has_unseen_keys(shape: TileShape, item: Item, step: Any) -> Any:
 
 def clear_unseen(shape: TileShape, item: Item, step: Any, values: Any, layout: Any) -> None:
     """Sets the values ``[tile_kv, D]`` of unseen keys to zero: a weight of zero times NaN would be NaN."""
-    first = (item.begin + step) * shape.config.tile_kv
+    first = first_key(shape, item, step)
     width = math.gcd(shape.head_dim, _CLEARED_COLUMNS)
     at = first + plgpu.broadcasted_iota(jnp.int32, (shape.config.tile_kv, width), 0, layout=layout)
     seen = at <= item.last_pos
@@ -133,13 +139,24 @@ def clear_unseen(shape: TileShape, item: Item, step: Any, values: Any, layout: A
         part[...] = jnp.where(seen, held, jnp.zeros_like(held))
 
 
+def operands_of(shape: TileShape, item: Item, kv_head: Any, refs: Any, layout: Any) -> LoadedOperands:
+    """What the variant's functions need of arrays, for one item."""
+    extent = (shape.tile_m, shape.config.tile_kv)
+    return LoadedOperands(shape.mods.axes, refs, item.tile, kv_head, extent, layout)
+
+
 def modify(
-    shape: TileShape, item: Item, step: Any, kv_head: Any, scores: jax.Array, operand_refs: Any, layout: Any
+    shape: TileShape,
+    item: Item,
+    step: Any,
+    kv_head: Any,
+    scores: jax.Array,
+    loaded: Sequence[jax.Array],
+    layout: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Raw products ``[M, tile_kv]`` to base-2 scores, and which keys each row sees."""
     extent = scores.shape
-    first = (item.begin + step) * shape.config.tile_kv
-    kv_pos = first + plgpu.broadcasted_iota(jnp.int32, extent, 1, layout=layout)
+    kv_pos = first_key(shape, item, step) + plgpu.broadcasted_iota(jnp.int32, extent, 1, layout=layout)
     q_pos = item.first_pos
     if shape.tile_q > 1:
         token = lax.div(plgpu.broadcasted_iota(jnp.int32, extent, 0, layout=layout), jnp.int32(shape.group))
@@ -162,7 +179,6 @@ def modify(
         fill(q_pos) if shape.tile_q == 1 else q_pos,
         kv_pos,
     )
-    loaded = load_operands(shape.mods.axes, operand_refs, item.tile, kv_head, first, extent, layout)
     if shape.mods.score_mod is not None:
         count = len(shape.mods.score_mod.hoisted)
         scores = shape.mods.score_mod.inline(loaded[:count], scores, *where)

@@ -24,9 +24,11 @@ from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import (
     Item,
     TileShape,
     clear_unseen,
+    first_key,
     has_unseen_keys,
     modify,
     normalised,
+    operands_of,
     softmax_weights,
 )
 from jaxpaged.pallas_kernels.variant import MASKED
@@ -96,9 +98,12 @@ def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
     row = layout.reduce(1)
     start = fill(0.0, layout, tile_m, head_dim), fill(MASKED, row, tile_m), fill(0.0, row, tile_m)
 
+    operands = operands_of(shape, item, refs.head, refs.operands, layout)
+
     def step(i: Any, carry: Any) -> Any:
         acc, top, total = carry
         slot = ring.slot(i)
+        loaded = operands.at(first_key(shape, item, i))
         ring.wait_keys(i)
 
         def product_with_keys(scores: Any) -> Any:
@@ -106,7 +111,7 @@ def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
             return scores[...]
 
         scores = pl.run_scoped(product_with_keys, plgpu.WGMMAAccumulatorRef((tile_m, tile_kv), jnp.float32))
-        scores, visible = modify(shape, item, i, refs.head, scores, refs.operands, layout)
+        scores, visible = modify(shape, item, i, refs.head, scores, loaded, layout)
         weights, decay, top = softmax_weights(scores, visible, top)
         total = total * decay + weights.sum(axis=1)
         packed = weights.astype(dtype)
