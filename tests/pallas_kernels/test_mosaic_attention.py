@@ -1,4 +1,7 @@
-"""The attention kernels of Mosaic GPU against plain softmax in float64, in the interpreter."""
+"""The attention kernels of Mosaic GPU in the interpreter: races, sizes, splits, variants, determinism, refusals.
+
+Against plain softmax in float64; ``test_mosaic_cases.py`` has the cases that all implementations share.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -12,32 +15,8 @@ from jaxpaged.pallas_kernels.mosaic_gpu import GpuTarget
 from jaxpaged.pallas_kernels.paged_attention.cases import CASES, Case, make_inputs
 from jaxpaged.pallas_kernels.paged_attention.mosaic_plan import DETERMINISTIC_SPLIT
 from jaxpaged.pallas_kernels.paged_attention.tuning import MosaicConfig
-from tests.pallas_kernels.mosaic import MMA, SMALL_GPU, WGMMA, attend_interpreted
-from tests.pallas_kernels.oracle import attend, num_real, softmax_attention
-
-FORMS = {"mma": MMA, "wgmma": WGMMA}
-SUPPORTED = [case for case in CASES if case.block_size >= 16]
-
-
-def by_name(case: Case) -> str:
-    return case.name
-
-
-def check(case: Case, config: MosaicConfig, dtype: str = "bfloat16", **options: Any) -> None:
-    """As near to the truth as the reference in the same dtype is, within twice its error."""
-    inputs = make_inputs(case, dtype=jnp.dtype(dtype), poison=options.pop("poison", np.nan))
-    exact = softmax_attention(inputs[0], inputs[1], 1, inputs[2], case.variant)
-    allowed = 2 * np.abs(attend("reference", case, inputs)[: len(exact)] - exact).max() + 1e-5
-    out = attend_interpreted(case, inputs, config, **options)
-    assert np.isfinite(out).all(), "padding included"
-    assert np.abs(out[: len(exact)] - exact).max() <= allowed
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", SUPPORTED, ids=by_name)
-def test_every_case(case: Case, form: str) -> None:
-    check(case, FORMS[form])
-
+from tests.pallas_kernels.mosaic import FORMS, MMA, SMALL_GPU, WGMMA, attend_interpreted, by_name, check
+from tests.pallas_kernels.oracle import num_real
 
 RACED = ("mixed", "sliding_window", "all_at_once", "speculative")
 
