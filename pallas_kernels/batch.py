@@ -25,7 +25,7 @@ class KVPool:
     FlashInfer found no significant difference between head-major and token-major in 16 bits (arXiv:2501.01005).
     Not measured on a GPU yet.
 
-    Block 0 of each layer is the dummy block: padding writes to it, no table of a real row names it.
+    Block 0 of each layer is the dummy block: padding may write to it, no table of a real row names it.
     """
 
     k: jax.Array

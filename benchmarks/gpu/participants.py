@@ -54,13 +54,12 @@ def implementation_step(name: str, variant: AttentionVariant = PLAIN) -> Callabl
     return make
 
 
-def config_of(point: Point, form: str | None = None) -> Any:
-    """The tile sizes that a call takes by itself, or those for another form of the kernel."""
-    from jaxpaged.pallas_kernels.mosaic_gpu import INTERPRETED, gpu_target
-    from jaxpaged.pallas_kernels.paged_attention.tuning import CallShape, MosaicConfig, config_for
+def call_shape(point: Point, queries: int = 1) -> Any:
+    """A point as the kernel's call sees it, with ``queries`` tokens at the end of every row."""
+    from jaxpaged.pallas_kernels.paged_attention.tuning import CallShape
 
-    shape = CallShape(
-        num_tokens=point.batch,
+    return CallShape(
+        num_tokens=point.batch * queries,
         num_rows=point.batch,
         num_heads=point.num_heads,
         num_kv_heads=point.num_kv_heads,
@@ -68,7 +67,14 @@ def config_of(point: Point, form: str | None = None) -> Any:
         block_size=point.block_size,
         max_len=-(-point.context // point.block_size) * point.block_size,
     )
-    picked = config_for(gpu_target() or INTERPRETED, shape, jnp.bfloat16)
+
+
+def config_of(point: Point, form: str | None = None) -> Any:
+    """The tile sizes that a call takes by itself, or those for another form of the kernel."""
+    from jaxpaged.pallas_kernels.mosaic_gpu import INTERPRETED, gpu_target
+    from jaxpaged.pallas_kernels.paged_attention.tuning import MosaicConfig, config_for
+
+    picked = config_for(gpu_target() or INTERPRETED, call_shape(point), jnp.bfloat16)
     if form is None or picked.form == form:
         return picked
     return MosaicConfig("wgmma", 64, 3, 1, 64) if form == "wgmma" else MosaicConfig("mma", 64, 2, 3, 16)

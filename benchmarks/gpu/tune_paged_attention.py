@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks.gpu import device, inputs, report
 from benchmarks.gpu.bandwidth import copy_bandwidth
 from benchmarks.gpu.measure import Budget, Comparison, DeviceLostError, Setting, reason
-from benchmarks.gpu.participants import config_step, implementation_step
+from benchmarks.gpu.participants import call_shape, config_step, implementation_step
 from benchmarks.gpu.points import HEADS, Point, uniform
 from benchmarks.gpu.timing import Step, compiled_program
 from jaxpaged.pallas_kernels.paged_attention.tuning import CallShape, MosaicConfig, table_name
@@ -56,16 +56,8 @@ class Shape:
 
     def call_shape(self) -> CallShape:
         """As the kernel's call sees it."""
-        point = self.point
-        return CallShape(
-            num_tokens=point.batch * self.queries,
-            num_rows=point.batch,
-            num_heads=point.num_heads,
-            num_kv_heads=point.num_kv_heads,
-            head_dim=point.head_dim,
-            block_size=point.block_size,
-            max_len=-(-point.context // point.block_size) * point.block_size,
-        )
+        shape: CallShape = call_shape(self.point, self.queries)
+        return shape
 
     @property
     def name(self) -> str:

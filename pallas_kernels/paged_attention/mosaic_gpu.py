@@ -86,7 +86,7 @@ def paged_attention_mosaic_gpu(
     """
     if target is None:
         target = INTERPRETED if interpret is not None else gpu_target()
-    reason = unsupported_reason(target, q, kv_pool, variant, batch, config)
+    reason = unsupported_reason(target, q, kv_pool, variant, batch, config, deterministic)
     if reason is not None:
         raise NotImplementedError(f"paged_attention implementation 'mosaic_gpu': {reason}")
     assert target is not None
@@ -104,6 +104,7 @@ def unsupported_reason(
     variant: AttentionVariant,
     batch: AttentionBatch | None = None,
     config: MosaicConfig | None = None,
+    deterministic: bool = False,
 ) -> str | None:
     """Why a call cannot be taken, or None; without ``batch``, but for the size of what a variant needs of arrays."""
     reason = unsupported_device_reason(target) or _shape_reason(q, kv_pool)
@@ -123,7 +124,7 @@ def unsupported_reason(
         return str(error)
     if batch is None:
         return None
-    config = config or _config(target, q, kv_pool, batch, deterministic=False)
+    config = config or _config(target, q, kv_pool, batch, deterministic=deterministic)
     tile_m, tile_q = _tile_rows(config, q.shape[1] // kv_pool.k.shape[1])
     tiles = max_tiles(q.shape[0], batch.seq_lens.shape[0], tile_q)
     return too_large_reason(

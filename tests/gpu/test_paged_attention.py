@@ -14,7 +14,7 @@ from jaxpaged.pallas_kernels import AttentionBatch, KVPool
 from jaxpaged.pallas_kernels.paged_attention.cases import CASES, Case, make_inputs
 from tests.gpu.kernel import CONFIGS, SUPPORTED_CASES, Inputs, attend, forms, require
 from tests.pallas_kernels import oracle
-from tests.pallas_kernels.oracle import softmax_attention
+from tests.pallas_kernels.oracle import one_row, softmax_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -88,20 +88,6 @@ def test_plain_jax_is_right_on_this_device(case: Case) -> None:
     assert np.abs(out[: len(exact)] - exact).max() <= allowed
 
 
-def one_row(row: int, new: int, at: int, inputs: Inputs) -> Inputs:
-    """A row of a batch as a batch of its own, its table as wide as before."""
-    q, pool, batch = inputs
-    alone = AttentionBatch(
-        batch.block_tables[row : row + 1],
-        batch.seq_lens[row : row + 1],
-        jnp.array([0, new], jnp.int32),
-        jnp.zeros(new, jnp.int32),
-        batch.positions[at : at + new],
-        batch.slots[at : at + new],
-    )
-    return q[at : at + new], pool, alone
-
-
 @pytest.mark.parametrize("form", CONFIGS)
 @pytest.mark.parametrize("name", ["plain", "sliding_window", "sinks", "alibi"])
 def test_deterministic_rows_have_the_same_bits_in_every_batch(form: str, name: str) -> None:
@@ -115,7 +101,7 @@ def test_deterministic_rows_have_the_same_bits_in_every_batch(form: str, name: s
     assert np.abs(together - exact).max() <= allowed
     at = 0
     for row, (_, new) in enumerate(rows):
-        alone = attend(form, case, one_row(row, new, at, inputs), deterministic=True)
+        alone = attend(form, case, one_row(inputs, row, new, at), deterministic=True)
         np.testing.assert_array_equal(alone, together[at : at + new], err_msg=f"row {row}")
         at += new
 

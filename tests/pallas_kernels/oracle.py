@@ -1,10 +1,14 @@
-"""Attention in plain numpy and float64, one query and one head at a time: shares nothing with the package."""
+"""Attention in plain numpy and float64, one query and one head at a time: shares nothing with the package.
+
+And what tests of attention need of batches.
+"""
 
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpaged.pallas_kernels import AttentionBatch, AttentionVariant, KVPool, paged_attention
@@ -14,6 +18,22 @@ from jaxpaged.pallas_kernels.paged_attention.cases import Case
 def num_real(batch: AttentionBatch) -> int:
     """Tokens that are not padding."""
     return int(batch.query_start_loc[-1])
+
+
+def one_row(
+    inputs: tuple[jax.Array, KVPool, AttentionBatch], row: int, new: int, at: int
+) -> tuple[jax.Array, KVPool, AttentionBatch]:
+    """The ``new`` tokens from ``at`` on, the last of a row, as a batch of their own; its table as wide as before."""
+    q, pool, batch = inputs
+    alone = AttentionBatch(
+        batch.block_tables[row : row + 1],
+        batch.seq_lens[row : row + 1],
+        jnp.array([0, new], jnp.int32),
+        jnp.zeros(new, jnp.int32),
+        batch.positions[at : at + new],
+        batch.slots[at : at + new],
+    )
+    return q[at : at + new], pool, alone
 
 
 def softmax_attention(

@@ -4,19 +4,20 @@ Against plain softmax in float64; ``test_mosaic_cases.py`` has the cases that al
 """
 
 from dataclasses import replace
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpaged.pallas_kernels import AttentionBatch, AttentionVariant, KVPool
+from jaxpaged.pallas_kernels import AttentionVariant, KVPool
 from jaxpaged.pallas_kernels.mosaic_gpu import GpuTarget
 from jaxpaged.pallas_kernels.paged_attention.cases import CASES, Case, make_inputs
+from jaxpaged.pallas_kernels.paged_attention.mosaic_operands import KernelMods
 from jaxpaged.pallas_kernels.paged_attention.mosaic_plan import DETERMINISTIC_SPLIT
+from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import Item, TileShape, block_ids
 from jaxpaged.pallas_kernels.paged_attention.tuning import MosaicConfig
 from tests.pallas_kernels.mosaic import FORMS, MMA, SMALL_GPU, WGMMA, attend_interpreted, by_name, check
-from tests.pallas_kernels.oracle import num_real
+from tests.pallas_kernels.oracle import num_real, one_row
 
 RACED = ("mixed", "sliding_window", "all_at_once", "speculative")
 
@@ -92,36 +93,39 @@ def test_variants_over_arrays(variant: AttentionVariant, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_blocks_before_the_window_are_not_read(form: str) -> None:
+def test_what_blocks_before_the_window_hold_does_not_matter(form: str) -> None:
     """Their memory may have been given to others, who may hold anything."""
     window, rows = 20, ((300, 1), (130, 9), (3, 2))
     case = Case("window", rows, variant=AttentionVariant(sliding_window=window))
     q, pool, batch = make_inputs(case, dtype=jnp.dtype("bfloat16"))
     clean = attend_interpreted(case, (q, pool, batch), FORMS[form])
-    tables = np.array(batch.block_tables)
+    arrays = [np.array(x, np.float32) for x in (pool.k, pool.v)]
     for row, (cached, _) in enumerate(rows):
-        tables[row, : max(0, cached - window + 1) // case.block_size] = 2**30  # an address far outside
-    moved = replace(batch, block_tables=jnp.asarray(tables))
-    np.testing.assert_array_equal(attend_interpreted(case, (q, pool, moved), FORMS[form]), clean)
+        for index in range(max(0, cached - window + 1) // case.block_size):
+            for array in arrays:
+                array[int(batch.block_tables[row, index]) + pool.num_blocks] = np.nan  # in layer 1
+    poisoned = KVPool(*(jnp.asarray(x, jnp.bfloat16) for x in arrays), pool.num_layers)
+    np.testing.assert_array_equal(attend_interpreted(case, (q, poisoned, batch), FORMS[form]), clean)
 
 
-def part_of(
-    inputs: tuple[Any, KVPool, AttentionBatch], case: Case, row: int, last: int
-) -> tuple[Any, KVPool, AttentionBatch]:
-    """The last ``last`` tokens of one row, alone."""
-    q, pool, batch = inputs
-    new = case.rows[row][1]
-    start = sum(n for _, n in case.rows[:row]) + new - last
-    tokens = slice(start, start + last)
-    alone = AttentionBatch(
-        batch.block_tables[row : row + 1],
-        batch.seq_lens[row : row + 1],
-        jnp.array([0, last], jnp.int32),
-        jnp.zeros(last, jnp.int32),
-        batch.positions[tokens],
-        batch.slots[tokens],
-    )
-    return q[tokens], pool, alone
+@pytest.mark.parametrize("window", [None, 1, 20, 64])
+@pytest.mark.parametrize(("first", "last"), [(5, 5), (130, 138), (300, 300)])
+@pytest.mark.parametrize("block_size", [16, 32, 128])
+def test_only_blocks_that_a_query_sees_are_loaded(
+    block_size: int, first: int, last: int, window: int | None
+) -> None:
+    """For the rest the dummy block is, which no request owns."""
+    tile_kv, base = 64, 1000
+    shape = TileShape(MMA, 16, 8, 2, 64, block_size, 1.0, None, window, KernelMods(None, None), True)
+    table = jnp.arange(1, 512 // block_size + 1, dtype=jnp.int32)[None, :]
+    oldest = 0 if window is None else max(0, first - window + 1)
+    begin, end = oldest // tile_kv, last // tile_kv + 1
+    item = Item(0, 0, 0, jnp.int32(first), jnp.int32(last), jnp.int32(begin), end - begin)
+    loaded = set()
+    for step in range(end - begin + 2):  # and what is looked up ahead of the last step
+        loaded |= {int(block) - base for block in block_ids(shape, table, base, item, step)}
+    seen = {int(table[0, position // block_size]) for position in range(oldest, last + 1)}
+    assert loaded - {0} == seen
 
 
 LONG = DETERMINISTIC_SPLIT + 300
@@ -139,11 +143,11 @@ def test_deterministic_means_the_same_bits_in_every_batch(form: str) -> None:
         end = sum(n for _, n in case.rows[: row + 1])
         for sms in (1, 4):
             gpu = GpuTarget((9, 0), sms, "interpreter")
-            alone = part_of(inputs, case, row, last)
+            alone = one_row(inputs, row, last, end - last)
             out = attend_interpreted(case, alone, config, deterministic=True, target=gpu)
             np.testing.assert_array_equal(out, together[end - last : end])
     free = attend_interpreted(case, inputs, config, target=target)[:2]
-    alone_free = attend_interpreted(case, part_of(inputs, case, 0, 2), config, target=target)
+    alone_free = attend_interpreted(case, one_row(inputs, 0, 2, 0), config, target=target)
     assert (free != alone_free).any(), "else this test could not fail"
     assert num_real(inputs[2]) == 8
 

@@ -9,7 +9,7 @@ import pytest
 from jaxpaged.pallas_kernels import AttentionVariant, causal_attention
 from jaxpaged.pallas_kernels.paged_attention import IMPLEMENTATIONS
 from jaxpaged.pallas_kernels.paged_attention.cases import CASES, Case, alibi, make_inputs
-from tests.pallas_kernels.oracle import attend, compiled, num_real, softmax_attention
+from tests.pallas_kernels.oracle import attend, compiled, num_real, one_row, softmax_attention
 
 # Sizes that fit no vector register and no chunk, in addition to those that benchmarks share.
 MORE_CASES = (
@@ -118,15 +118,7 @@ def test_a_row_is_the_same_alone_and_in_company(name: str) -> None:
     together = attend(name, case, (q, pool, batch))
     at = 0
     for row, (_, new) in enumerate(case.rows):
-        alone = type(batch)(
-            batch.block_tables[row : row + 1],
-            batch.seq_lens[row : row + 1],
-            jnp.array([0, new], jnp.int32),
-            jnp.zeros(new, jnp.int32),
-            batch.positions[at : at + new],
-            batch.slots[at : at + new],
-        )
-        out = attend(name, case, (q[at : at + new], pool, alone))
+        out = attend(name, case, one_row((q, pool, batch), row, new, at))
         np.testing.assert_allclose(out, together[at : at + new], atol=0 if name == "numba" else 1e-6, rtol=0)
         at += new
 
