@@ -99,6 +99,7 @@ def test_what_blocks_before_the_window_hold_does_not_matter(form: str) -> None:
     case = Case("window", rows, variant=AttentionVariant(sliding_window=window))
     q, pool, batch = make_inputs(case, dtype=jnp.dtype("bfloat16"))
     clean = attend_interpreted(case, (q, pool, batch), FORMS[form])
+    assert np.isfinite(clean).all(), "else NaN would equal NaN below"
     arrays = [np.array(x, np.float32) for x in (pool.k, pool.v)]
     for row, (cached, _) in enumerate(rows):
         for index in range(max(0, cached - window + 1) // case.block_size):
