@@ -17,6 +17,7 @@ class RequestStatus(enum.Enum):
     FINISHED_LENGTH = "length"
     FINISHED_ABORTED = "abort"
     FINISHED_ERROR = "error"
+    FINISHED_TIMEOUT = "timeout"  # its deadline or its longest time in the queue has passed
 
     @property
     def is_finished(self) -> bool:
@@ -49,9 +50,19 @@ class Request:
         eos_token_ids: frozenset[int] = frozenset(),
         index: int = 0,
         cache_salt: str | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        deadline: float | None = None,
+        queue_deadline: float | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index  # which of the n completions
+        self.priority = priority  # smaller goes first
+        self.tenant = tenant
+        # Seconds of ``time.monotonic``: when it must have finished, and when it must have begun to run.
+        self.deadline = deadline
+        self.queue_deadline = queue_deadline
+        self.arrival_index = 0  # the scheduler counts requests as they come
         self.params = params
         self.max_tokens = max_tokens
         self.stop_token_ids = stop_token_ids
