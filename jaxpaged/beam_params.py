@@ -92,7 +92,8 @@ class BeamSearchParams:
 
     def _integer(self, name: str, high: int) -> None:
         value: Any = getattr(self, name)
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not is_integer:
             raise InvalidRequestError(name, value, "must be an integer")
         if not 1 <= value <= high:
             raise InvalidRequestError(name, value, f"must be in [1, {high}]")
@@ -100,7 +101,8 @@ class BeamSearchParams:
 
     def _real(self, name: str, low: float, high: float) -> None:
         value: Any = getattr(self, name)
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not is_number:
             raise InvalidRequestError(name, value, "must be a number")
         if not low <= value <= high:  # also false for NaN
             raise InvalidRequestError(name, value, f"must be in [{low:g}, {high:g}]")

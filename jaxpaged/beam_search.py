@@ -15,8 +15,8 @@ One step for beams of length n, as ``GenerationMixin._beam_search`` of transform
 
 Diverse beam search (Vijayakumar et al. 2016, arXiv:1610.02424) does this in groups of beams, one group after the
 other, each with its own hypotheses and its own end; tokens that earlier groups chose in the same step rank lower
-(Hamming diversity). As in the authors' code and ``_group_beam_search`` of transformers 4, what a beam has paid in
-penalties stays in its score.
+(Hamming diversity). As in ``_group_beam_search`` of transformers 4, a token that ends a hypothesis counts for nothing
+there, and what a beam has paid in penalties stays in its score.
 """
 
 import heapq
