@@ -6,14 +6,17 @@ from collections.abc import Iterable, Iterator
 class BlockTable:
     """The block ids of a sequence; token ``p`` lies in slot ``ids[p // S] * S + p % S``.
 
-    Invariant: every id in it is held once by this table in the allocator, through whoever owns the table.
+    Where a sliding window has moved on, or a prefix was not needed, stands 0, the dummy block.
+
+    Invariant: every other id in it is held once by this table in the allocator, through whoever owns the table.
     """
 
-    __slots__ = ("block_size", "ids")
+    __slots__ = ("block_size", "ids", "num_trimmed")
 
     def __init__(self, block_size: int, ids: Iterable[int] = ()) -> None:
         self.block_size = block_size
         self.ids = list(ids)
+        self.num_trimmed = 0  # leading blocks that were given back, or that nobody need look at again
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -23,6 +26,11 @@ class BlockTable:
 
     def __repr__(self) -> str:
         return f"BlockTable(block_size={self.block_size}, ids={self.ids})"
+
+    def clear(self) -> None:
+        """Empties the table; the caller has let go of the blocks."""
+        self.ids.clear()
+        self.num_trimmed = 0
 
     @property
     def capacity(self) -> int:

@@ -1,12 +1,14 @@
 """What an engine is built with: sizes and switches, checked before anything is allocated."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from jaxpaged.buckets import token_buckets
 from jaxpaged.errors import InvalidRequestError
 
+MAX_SWAP_SPACE = 1 << 16  # GiB
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -33,6 +35,16 @@ class EngineConfig:
       num_scheduler_steps: decode steps that run in one program while a few rows do nothing else; their tokens
         come together. 1 turns it off.
       watermark: share of the blocks that a new request must leave free.
+      scheduling_policy: who is admitted first and who gives way: "fcfs", "priority", "shortest-prompt-first",
+        "longest-prefix-match", or a ``SchedulingPolicy``: an instance, a class or its dotted name.
+      tenant_weights: shares of tenants beside 1, that of all others.
+      preemption_mode: what becomes of a request that gives up its blocks: "recompute", "swap" to the host, or "auto",
+        whichever is estimated to cost less.
+      swap_space: GiB of host memory for blocks that do not fit the pool: of preempted requests, and of cached prefixes
+        that were evicted. ``num_host_blocks`` overrides it.
+      async_scheduling: plan and hand over a step while the one before runs.
+      memory_warning, memory_critical: shares of the blocks in use from which on no request is admitted while others
+        run, and steps are halved; 1 turns either off.
     """
 
     dtype: str
@@ -50,6 +62,14 @@ class EngineConfig:
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
     num_scheduler_steps: int = 1
     watermark: float = 0.01
+    scheduling_policy: Any = "fcfs"
+    tenant_weights: Mapping[str, float] | None = None
+    preemption_mode: Literal["auto", "recompute", "swap"] = "auto"
+    swap_space: float = 0.0
+    num_host_blocks: int | None = None
+    async_scheduling: bool = False
+    memory_warning: float = 0.95
+    memory_critical: float = 0.99
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -63,8 +83,9 @@ class EngineConfig:
             ("num_scheduler_steps", 1),
         ):
             _check_int(name, getattr(self, name), low)
-        if self.num_blocks is not None:
-            _check_int("num_blocks", self.num_blocks, 2)
+        for name, low in (("num_blocks", 2), ("num_host_blocks", 0)):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), low)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidRequestError(
                 "max_num_batched_tokens",
@@ -75,7 +96,13 @@ class EngineConfig:
         _check_share("watermark", self.watermark, zero=True)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise InvalidRequestError("seed", self.seed, "must be an integer")
-        for name in ("enable_prefix_caching", "warmup"):
+        if self.preemption_mode not in ("auto", "recompute", "swap"):
+            raise InvalidRequestError(
+                "preemption_mode", self.preemption_mode, "must be 'auto', 'recompute' or 'swap'"
+            )
+        if not _is_number(self.swap_space) or not 0 <= self.swap_space <= MAX_SWAP_SPACE:
+            raise InvalidRequestError("swap_space", self.swap_space, f"must be GiB in [0, {MAX_SWAP_SPACE}]")
+        for name in ("enable_prefix_caching", "warmup", "async_scheduling"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(name, getattr(self, name), "must be True or False")
         if self.logprobs_mode not in ("raw_logprobs", "processed_logprobs"):
@@ -100,6 +127,9 @@ class EngineConfig:
             "max_num_batched_tokens": 1024 if on_cpu else 8192,
             # On a CPU the host's work and the device's share the cores, so nothing hides it.
             "num_scheduler_steps": 8 if on_cpu else 1,
+            "async_scheduling": not on_cpu,
+            # A CPU's pool is in host memory already.
+            "swap_space": 0.0 if on_cpu else 4.0,
         }
         given = {name: value for name, value in arguments.items() if value is not None}
         if isinstance(given.get("max_num_seqs"), int) and "max_num_batched_tokens" not in given:
@@ -133,9 +163,12 @@ def _check_int(name: str, value: object, low: int) -> None:
         raise InvalidRequestError(name, value, f"must be an integer of at least {low}")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check_share(name: str, value: object, *, zero: bool = False) -> None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or not (0 < float(value) <= 1 or (zero and value == 0)):  # type: ignore[arg-type]
+    if not _is_number(value) or not (0 < float(value) <= 1 or (zero and value == 0)):  # type: ignore[arg-type]
         raise InvalidRequestError(
             name, value, "must be a share in (0, 1]" if not zero else "must be in [0, 1]"
         )

@@ -3,7 +3,8 @@
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,10 +12,11 @@ import jax
 from tqdm import tqdm
 
 from jaxpaged.assembly import assemble, check_types, resolve, with_weights
+from jaxpaged.call_arguments import listed_prompts, one_each
 from jaxpaged.core import EngineCore
-from jaxpaged.errors import EngineClosedError, InvalidRequestError
+from jaxpaged.errors import EngineClosedError, InvalidRequestError, UnknownRequestError
 from jaxpaged.generation import Generation
-from jaxpaged.intake import Intake, Prompt, is_one_prompt
+from jaxpaged.intake import Handling, Intake, Prompt, check_seconds
 from jaxpaged.models import Decoder
 from jaxpaged.outputs import EngineStats, RequestOutput
 from jaxpaged.pallas_kernels import AttentionVariant
@@ -78,13 +80,13 @@ class Engine:
         if tokenizer is None and folder is not None:
             tokenizer = Tokenizer.from_path(folder)
         self.tokenizer = tokenizer
-        self._core, num_blocks = assemble(model, self.config, variant, device)
+        self._core = assemble(model, self.config, variant, device)
         self._intake = Intake(
             self.config,
             vocab_size=self.model_config.vocab_size,
             eos_token_ids=_eos_token_ids(self.model_config.eos_token_ids, tokenizer),
             tokenizer=tokenizer,
-            num_usable_blocks=num_blocks - 1,
+            space=self._core.scheduler.space,
         )
         if self.config.warmup:
             self.warm_up()
@@ -111,7 +113,11 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        priority: int = 0,
+        tenant: str = "",
         cache_salt: str | None = None,
+        deadline: float | None = None,
+        max_queue_time: float | None = None,
     ) -> None:
         """Queues a request; ``step`` returns its outputs.
 
@@ -119,16 +125,116 @@ class Engine:
           request_id: unique among live requests.
           prompt: text, token ids, or a mapping with ``"prompt"`` or ``"prompt_token_ids"``.
           params: None for the defaults.
+          priority: smaller goes first, where the ``scheduling_policy`` looks at it.
+          tenant: on whose behalf it comes; tenants get fair shares of the engine (``tenant_weights``).
           cache_salt: requests with different salts share no cached prefix.
+          deadline: seconds from now after which it ends, with what it has; finish reason "timeout".
+          max_queue_time: seconds it may wait before it first runs; then it ends likewise.
 
         Raises:
           InvalidRequestError: something is wrong with the request; nothing has changed.
         """
-        self._admit(
-            self._intake.generation(
-                request_id, prompt, SamplingParams() if params is None else params, cache_salt
-            )
+        handling = Handling(
+            priority=priority,
+            tenant=tenant,
+            cache_salt=cache_salt,
+            deadline=deadline,
+            max_queue_time=max_queue_time,
         )
+        params = SamplingParams() if params is None else params
+        self._admit(self._intake.generation(request_id, prompt, params, handling))
+
+    def fork(
+        self,
+        request_id: str,
+        new_request_id: str,
+        *,
+        at: int | None = None,
+        append_token_ids: Sequence[int] = (),
+        params: SamplingParams | None = None,
+        index: int = 0,
+    ) -> None:
+        """Branches a live request: a new one whose prompt is the first tokens of it, for tree search.
+
+        What is computed of these tokens is shared, not copied: the new request holds the same blocks, and whoever
+        writes to a partly filled one first copies that block alone. The old request goes on as it would have.
+
+        Args:
+          request_id: the live request to branch from.
+          new_request_id: unique among live requests.
+          at: how many of its tokens, prompt and output, the new request begins with; None for all so far.
+          append_token_ids: tokens put behind these.
+          params: of the new request; None for those of the old one.
+          index: which of the old request's completions.
+
+        Raises:
+          UnknownRequestError: no live request has this id.
+          InvalidRequestError: something is wrong with the new request; nothing has changed.
+        """
+        found = self._live.generations.get(request_id)
+        if found is None:
+            raise UnknownRequestError("request_id", request_id, "no live request has this id")
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(found.completions):
+            raise InvalidRequestError("index", index, f"must be in [0, {len(found.completions) - 1}]")
+        parent = found.completions[index].request
+        at = parent.num_tokens if at is None else at
+        if isinstance(at, bool) or not isinstance(at, int) or not 1 <= at <= parent.num_tokens:
+            raise InvalidRequestError("at", at, f"must be in [1, {parent.num_tokens}], the tokens there are")
+        if isinstance(append_token_ids, str | bytes) or not isinstance(append_token_ids, Sequence):
+            raise InvalidRequestError("append_token_ids", append_token_ids, "must be token ids")
+        handling = Handling(priority=parent.priority, tenant=parent.tenant, cache_salt=parent.cache_salt)
+        tokens = [*parent.token_ids[:at], *append_token_ids]
+        generation = self._intake.generation(
+            new_request_id, tokens, found.params if params is None else params, handling
+        )
+        self._live.fork(generation, parent)
+        self._intake.draw_seeds(generation)
+
+    def pin_prefix(
+        self, prompt: Prompt, *, pin_id: str, ttl: float | None = None, cache_salt: str | None = None
+    ) -> int:
+        """Keeps the full blocks of a prompt in the pool, from when they are first computed.
+
+        A pin takes blocks that requests then cannot have, so it gives way, the one that ends first, before a
+        request that runs alone would fail. Setting a pin again begins its time anew.
+
+        Args:
+          prompt: as in ``add_request``.
+          pin_id: its name.
+          ttl: seconds until it ends by itself; None for good.
+          cache_salt: as in ``add_request``.
+
+        Returns:
+          How many of its blocks are in the pool already.
+
+        Raises:
+          InvalidRequestError: something is wrong with an argument, or all pins together would take more than half
+            of the pool.
+        """
+        space = self._live.scheduler.space
+        if not isinstance(pin_id, str) or not pin_id:
+            raise InvalidRequestError("pin_id", pin_id, "must be a string that is not empty")
+        check_seconds("ttl", ttl)
+        keys = self._intake.prefix_keys(prompt, cache_salt)
+        if not space.enable_prefix_caching:
+            raise InvalidRequestError(
+                "pin_id", pin_id, "nothing can be pinned with enable_prefix_caching=False"
+            )
+        if not space.pins.has_room(pin_id, keys, space.allocator.num_usable // 2):
+            limit = space.allocator.num_usable // 2
+            raise InvalidRequestError(
+                "prompt", f"{len(keys)} blocks", f"all pins may take {limit} blocks, half of the pool"
+            )
+        return space.pins.add(pin_id, keys, None if ttl is None else time.monotonic() + ttl)
+
+    def unpin_prefix(self, pin_id: str) -> None:
+        """Ends a pin; its blocks stay findable until they are needed.
+
+        Raises:
+          InvalidRequestError: there is none of this name: it never was, has expired or has given way.
+        """
+        if not self._live.scheduler.space.pins.remove(pin_id):
+            raise InvalidRequestError("pin_id", pin_id, "no prefix is pinned under this name")
 
     def _admit(self, generation: Generation) -> None:
         self._live.add(generation)
@@ -165,7 +271,7 @@ class Engine:
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether another ``step`` has anything to do or to return."""
-        return bool(self._pending) or self._live.scheduler.has_unfinished
+        return bool(self._pending) or self._live.has_unfinished
 
     def generate(
         self,
@@ -186,8 +292,8 @@ class Engine:
           Exception: what ended one of the requests, if a step failed; the others are aborted.
         """
         core = self._live
-        listed = _listed_prompts(prompts)
-        every = _one_each(sampling_params, len(listed))
+        listed = listed_prompts(prompts)
+        every = one_each(sampling_params, len(listed))
         generations = [
             self._intake.generation(
                 self._new_id(), prompt, params.clone(output_kind=RequestOutputKind.FINAL_ONLY)
@@ -232,7 +338,7 @@ class Engine:
         Raises:
           InvalidRequestError: the prompt or a parameter is wrong.
         """
-        (params,) = _one_each(sampling_params, 1)
+        (params,) = one_each(sampling_params, 1)
         if params.output_kind is RequestOutputKind.CUMULATIVE:
             params = params.clone(output_kind=RequestOutputKind.DELTA)
         name = self._new_id() if request_id is None else request_id
@@ -276,7 +382,7 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached prefixes; what runs goes on."""
-        self._live.scheduler.space.cache.clear()
+        self._live.scheduler.space.forget_everything()
 
     def check_invariants(self) -> None:
         """Asserts every invariant of the host state; for tests and debugging."""
@@ -305,30 +411,6 @@ def keep_compiled_programs(folder: str | os.PathLike[str]) -> None:
     """Turns on JAX's persistent compilation cache in ``folder``, for this process."""
     jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def _listed_prompts(prompts: Any) -> list[Any]:
-    if is_one_prompt(prompts):
-        return [prompts]
-    if not isinstance(prompts, Iterable):
-        raise InvalidRequestError("prompts", prompts, "must be a prompt or a sequence of them")
-    return list(prompts)
-
-
-def _one_each(params: Any, count: int) -> Sequence[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [SamplingParams() if params is None else params] * count
-    if isinstance(params, str | Mapping) or not isinstance(params, Iterable):
-        raise InvalidRequestError("sampling_params", params, "must be a SamplingParams or a sequence of them")
-    params = list(params)
-    if len(params) != count:
-        raise InvalidRequestError(
-            "sampling_params", len(params), f"must be one, or one for each of {count} prompts"
-        )
-    for each in params:
-        if not isinstance(each, SamplingParams):
-            raise InvalidRequestError("sampling_params", each, "must be a SamplingParams")
-    return params
 
 
 def _eos_token_ids(configured: tuple[int, ...], tokenizer: Tokenizer | None) -> frozenset[int]:

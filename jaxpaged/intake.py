@@ -1,19 +1,70 @@
 """From what a user passes in to checked requests; nothing in the engine has changed when this raises."""
 
+import math
 import operator
 import random
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from jaxpaged.block_space import BlockSpace
 from jaxpaged.config import EngineConfig
 from jaxpaged.errors import InvalidRequestError, PromptTooLongError, RequestTooLargeError
 from jaxpaged.generation import Generation
+from jaxpaged.prefix_cache import block_hashes, group_key
 from jaxpaged.request import Request
-from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.sampling_params import RequestOutputKind, SamplingParams
 from jaxpaged.sampling_rows import bias_rules
 from jaxpaged.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
+
+MAX_PRIORITY = 1 << 31
+MAX_TENANT_CHARS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handling:
+    """How a request is treated beside others; nothing of it changes its tokens.
+
+    Attributes:
+      priority: smaller goes first, where the engine's policy looks at it.
+      tenant: on whose behalf it comes; tenants get fair shares.
+      cache_salt: requests with different salts share no cached prefix.
+      deadline: seconds from now after which it ends, with what it has; finish reason "timeout".
+      max_queue_time: seconds it may wait before it first runs; then it ends likewise.
+
+    Raises InvalidRequestError naming argument and value.
+    """
+
+    priority: int = 0
+    tenant: str = ""
+    cache_salt: str | None = None
+    deadline: float | None = None
+    max_queue_time: float | None = None
+
+    def __post_init__(self) -> None:
+        value = self.priority
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) > MAX_PRIORITY:
+            raise InvalidRequestError("priority", value, f"must be an integer of at most {MAX_PRIORITY}")
+        if not isinstance(self.tenant, str) or len(self.tenant) > MAX_TENANT_CHARS:
+            raise InvalidRequestError(
+                "tenant", self.tenant, f"must be a string of at most {MAX_TENANT_CHARS} characters"
+            )
+        _check_salt(self.cache_salt)
+        for name in ("deadline", "max_queue_time"):
+            check_seconds(name, getattr(self, name))
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Raises InvalidRequestError unless this is None or a positive, finite number."""
+    if value is None:
+        return
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or value <= 0:  # type: ignore[operator]
+        raise InvalidRequestError(name, value, "must be a positive number of seconds")
+
 
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
@@ -44,7 +95,7 @@ class Intake:
       vocab_size: of the model.
       eos_token_ids: tokens that end a text.
       tokenizer: None for a checkpoint without one; then prompts are token ids.
-      num_usable_blocks: blocks one request could have at most.
+      space: the blocks: how many there are, and how many a request needs.
     """
 
     def __init__(
@@ -54,26 +105,28 @@ class Intake:
         vocab_size: int,
         eos_token_ids: frozenset[int],
         tokenizer: Tokenizer | None,
-        num_usable_blocks: int,
+        space: BlockSpace,
     ) -> None:
         self._config = config
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._tokenizer = tokenizer
-        self._capacity = num_usable_blocks * config.block_size
+        self._space = space
         self._seeds = random.Random(config.seed)
 
     def generation(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, cache_salt: str | None = None
+        self, request_id: str, prompt: Prompt, params: SamplingParams, handling: Handling | None = None
     ) -> Generation:
         """A new request. Raises InvalidRequestError, naming the argument and its value."""
+        handling = handling or Handling()
         if not isinstance(request_id, str) or not request_id:
             raise InvalidRequestError("request_id", request_id, "must be a string that is not empty")
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError("params", params, "must be a SamplingParams")
         text, token_ids, salt = self._read_prompt(prompt)
-        salt = cache_salt if cache_salt is not None else salt
+        salt = handling.cache_salt if handling.cache_salt is not None else salt
         _check_salt(salt)
+        now = time.monotonic()
         config = self._config
         params.validate_for(
             self._vocab_size, config.max_logprobs, config.max_model_len, self._tokenizer is not None
@@ -91,12 +144,18 @@ class Intake:
                 eos_token_ids=frozenset() if params.ignore_eos else self._eos_token_ids,
                 index=index,
                 cache_salt=salt,
+                num_tables=len(self._space.windows),
+                priority=handling.priority,
+                tenant=handling.tenant,
+                deadline=None if handling.deadline is None else now + handling.deadline,
+                queue_deadline=None if handling.max_queue_time is None else now + handling.max_queue_time,
             )
             for index in range(params.n)
         ]
         requests[0].forks = requests[1:]
         for request in requests:
-            request.needs_host_each_step |= rules is not None
+            request.needs_tokens_on_host = rules is not None
+            request.needs_single_steps |= rules is not None or params.output_kind is RequestOutputKind.DELTA
         for request in requests[1:]:
             request.needs_all_logits = False
         seeds = [_child_seed(params.seed or 0, index) for index in range(params.n)]
@@ -111,6 +170,14 @@ class Intake:
             seed = self._seeds.getrandbits(64)
             for index, completion in enumerate(generation.completions):
                 completion.seed = _child_seed(seed, index)
+
+    def prefix_keys(self, prompt: Prompt, cache_salt: str | None) -> list[bytes]:
+        """Cache keys of the full blocks of a prompt, in all groups of layers."""
+        _, token_ids, salt = self._read_prompt(prompt)
+        salt = cache_salt if cache_salt is not None else salt
+        _check_salt(salt)
+        hashes = block_hashes(token_ids, self._config.block_size, salt=salt)
+        return [group_key(digest, group) for digest in hashes for group in range(len(self._space.windows))]
 
     def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
         """(text, token ids, cache salt)."""
@@ -169,11 +236,14 @@ class Intake:
         room = limit - num_prompt
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         # The last sampled token is never computed, so it needs no slot.
-        if num_prompt + max_tokens - 1 > self._capacity:
+        needed = self._space.peak_blocks(num_prompt + max_tokens - 1, self._config.max_num_batched_tokens)
+        available = self._space.allocator.num_usable
+        if needed > available:
             raise RequestTooLargeError(
                 "prompt",
                 f"{num_prompt} prompt + {max_tokens} output tokens",
-                f"can never fit the KV pool of {self._capacity} tokens; lower max_tokens or raise num_blocks",
+                f"can never fit the KV pool: {needed} blocks of {self._config.block_size} tokens needed, {available} "
+                "there; lower max_tokens or raise num_blocks",
             )
         return max_tokens
 

@@ -13,8 +13,10 @@ import jax
 import numpy as np
 
 from jaxpaged.batch import PackedLayout
+from jaxpaged.block_space import BlockSpace
 from jaxpaged.buckets import rows_of
 from jaxpaged.config import EngineConfig
+from jaxpaged.kv_layout import KVLayout
 from jaxpaged.models import ModelConfig, Parameters
 from jaxpaged.program import DeviceState, Programs
 
@@ -25,20 +27,25 @@ CPU_SHARE = 0.25
 MIN_BLOCKS = 2  # the dummy and one more
 
 
-def bytes_per_block(model: ModelConfig, config: EngineConfig) -> int:
-    """Keys and values of one block in all layers."""
+def bytes_per_block(model: ModelConfig, config: EngineConfig, layout: KVLayout) -> int:
+    """Keys and values of one block in the layers of a group."""
     itemsize = np.dtype("float32").itemsize if config.dtype == "float32" else 2
     per_token = 2 * model.num_kv_heads * model.head_dim * itemsize
-    return model.num_layers * config.block_size * per_token
+    return layout.layers_per_block * config.block_size * per_token
 
 
 def num_blocks_for(
-    model: ModelConfig, config: EngineConfig, device: Any, weight_bytes: int, reserved_bytes: int
+    model: ModelConfig,
+    config: EngineConfig,
+    layout: KVLayout,
+    device: Any,
+    weight_bytes: int,
+    reserved_bytes: int,
 ) -> int:
     """Blocks of the pool: what the memory allows and the engine can use.
 
     Args:
-      model, config: sizes.
+      model, config, layout: sizes.
       device: a JAX device.
       weight_bytes: device memory of the weights.
       reserved_bytes: what else has to fit: sampler state and temporaries of the largest step.
@@ -46,14 +53,16 @@ def num_blocks_for(
     Raises:
       MemoryError: not even one sequence of ``max_model_len`` fits; says what to change.
     """
-    useful = config.max_num_seqs * config.table_width + 1
-    size = bytes_per_block(model, config)
+    space = BlockSpace(MIN_BLOCKS, config.block_size, windows=layout.windows)
+    longest = space.peak_blocks(config.max_model_len, config.max_num_batched_tokens)
+    useful = config.max_num_seqs * longest + 1
+    size = bytes_per_block(model, config, layout)
     available = available_bytes(config, device, weight_bytes, reserved_bytes)
     blocks = min(useful, available // size)
-    if blocks < config.table_width + 1:
+    if blocks < longest + 1:
         raise MemoryError(
             f"the KV pool would have {blocks} blocks of {size} bytes, but one sequence of "
-            f"max_model_len={config.max_model_len} needs {config.table_width + 1}; lower max_model_len, raise "
+            f"max_model_len={config.max_model_len} needs {longest + 1}; lower max_model_len, raise "
             f"gpu_memory_utilization={config.gpu_memory_utilization} or set num_blocks"
         )
     logger.info("KV pool: %d blocks of %d tokens, %.2f GiB", blocks, config.block_size, blocks * size / 2**30)
@@ -106,7 +115,9 @@ def step_bytes(
     on the size of the pool, which is updated in place.
     """
     bucket = config.buckets[-1]
-    layout = PackedLayout(bucket, rows_of(bucket, config.max_num_seqs), config.table_width)
+    layout = PackedLayout(
+        bucket, rows_of(bucket, config.max_num_seqs), config.table_width, functions.layout.num_groups
+    )
     state = jax.eval_shape(lambda: new_state(MIN_BLOCKS))
     buffer = jax.ShapeDtypeStruct((layout.size,), np.int32)
     jitted = jax.jit(partial(functions.step, layout=layout), donate_argnums=1)

@@ -36,6 +36,11 @@ def block_hashes(
     return hashes
 
 
+def group_key(digest: bytes, group: int) -> bytes:
+    """The name of a block in one group of layers: groups keep different things of the same tokens."""
+    return digest if group == 0 else digest + group.to_bytes(2)
+
+
 class PrefixCache:
     """Block hash to block and back. Knows nothing of holders: a cached block may be live or free.
 
@@ -51,6 +56,14 @@ class PrefixCache:
 
     def __contains__(self, block: int) -> bool:
         return block in self._hash_of
+
+    def get(self, digest: bytes) -> int | None:
+        """The block of a hash."""
+        return self._block_of.get(digest)
+
+    def key_of(self, block: int) -> bytes | None:
+        """The hash of a block."""
+        return self._hash_of.get(block)
 
     def find(self, hashes: Iterable[bytes]) -> list[int]:
         """The blocks of the longest cached prefix."""

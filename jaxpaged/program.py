@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpaged.batch import PackedLayout, StepInputs, unpack
+from jaxpaged.kv_layout import KVLayout
 from jaxpaged.models import Decoder, Parameters
-from jaxpaged.pallas_kernels import AttentionVariant, KVPool, cache_scatter, paged_attention
+from jaxpaged.pallas_kernels import AttentionBatch, AttentionVariant, KVPool, cache_scatter, paged_attention
 from jaxpaged.pallas_kernels.variant import VariantSpec
 from jaxpaged.sampler import LogprobsMode, SampleOutput, SamplerState, sample
 
@@ -22,10 +23,15 @@ LOGPROB_CHUNK = 256  # prompt positions whose logits exist at one time
 
 
 class DeviceState(NamedTuple):
-    """Everything that a step changes."""
+    """Everything that a step changes.
+
+    tokens: int32 ``[R]``, the token that each engine row sampled last, for a step that was built before the host
+    knew it.
+    """
 
     pool: KVPool
     sampler: SamplerState
+    tokens: jax.Array
 
 
 class PromptLogprobs(NamedTuple):
@@ -53,12 +59,14 @@ class Programs:
 
     Attributes:
       merge: parameters to module (``models.split_parameters``).
+      layout: the groups of layers that share block tables.
       variant: the user's attention variant, laid over the model's own, or None.
       attention: implementation of paged attention, or None for the best.
       max_logprobs, logprobs_mode: see ``jaxpaged.sampler``.
     """
 
     merge: Callable[[Parameters], Decoder]
+    layout: KVLayout
     variant: VariantSpec | None
     attention: str | None
     max_logprobs: int
@@ -74,7 +82,7 @@ class Programs:
         layout: PackedLayout,
     ) -> tuple[StepOutput, DeviceState]:
         """One step: any mix of prompt chunks and decode rows."""
-        inputs = unpack(buffer, layout)
+        inputs = _with_device_tokens(unpack(buffer, layout), state.tokens)
         model = self.merge(weights)
         hidden, sampled, state = self._forward(model, state, inputs, operands)
         return StepOutput(sampled, _prompt_logprobs(model, hidden, inputs, self.max_logprobs)), state
@@ -93,7 +101,7 @@ class Programs:
 
         Token ``i`` of the buffer is row ``i``, and the block tables have room for all steps.
         """
-        first = unpack(buffer, layout)
+        first = _with_device_tokens(unpack(buffer, layout), state.tokens)
         model = self.merge(weights)
         block_size = state.pool.block_size
 
@@ -117,15 +125,15 @@ class Programs:
         def attend(
             q: jax.Array, k: jax.Array, v: jax.Array, kv: KVPool, layer: int, variant: AttentionVariant
         ) -> tuple[jax.Array, KVPool]:
+            group, place = self.layout.places[layer]
+            batch = inputs.attention[group]
             # All keys of the step first: its rows may share blocks.
-            pool = cache_scatter(kv, k, v, layer, inputs.attention.slots)
+            pool = cache_scatter(kv, k, v, place, batch.slots)
             merged = _merged(variant, user)
-            out = paged_attention(
-                q, pool, layer, inputs.attention, variant=merged, implementation=self.attention
-            )
+            out = paged_attention(q, pool, place, batch, variant=merged, implementation=self.attention)
             return out, pool
 
-        hidden, pool = model.hidden(inputs.token_ids, inputs.attention.positions, attend, state.pool)
+        hidden, pool = model.hidden(inputs.token_ids, inputs.attention[0].positions, attend, state.pool)
         sampled, sampler = sample(
             model.logits(hidden[inputs.sample_at]),
             state.sampler,
@@ -133,24 +141,36 @@ class Programs:
             max_logprobs=self.max_logprobs,
             logprobs_mode=self.logprobs_mode,
         )
-        return hidden, sampled, DeviceState(pool, sampler)
+        tokens = state.tokens.at[inputs.token_rows].set(sampled.tokens)
+        return hidden, sampled, DeviceState(pool, sampler, tokens)
+
+
+def _with_device_tokens(inputs: StepInputs, tokens: jax.Array) -> StepInputs:
+    """The inputs with the tokens in place that the host did not know."""
+    ids = inputs.token_ids
+    return replace(inputs, token_ids=jnp.where(ids < 0, tokens[-jnp.minimum(ids, 0)], ids))
 
 
 def _advanced(first: StepInputs, token_ids: jax.Array, steps: jax.Array, block_size: int) -> StepInputs:
     """The inputs of decode rows ``steps`` steps after ``first``; padding rows stay where they are."""
-    old = first.attention
-    real = jnp.arange(len(token_ids)) < old.query_start_loc[-1]
+    ints = first.sampling.ints.at[:, 3].add(steps)
+    return replace(
+        first,
+        token_ids=token_ids,
+        attention=tuple(_advanced_attention(old, steps, block_size) for old in first.attention),
+        sampling=first.sampling._replace(ints=ints),
+    )
+
+
+def _advanced_attention(old: AttentionBatch, steps: jax.Array, block_size: int) -> AttentionBatch:
+    real = jnp.arange(len(old.positions)) < old.query_start_loc[-1]
     positions = jnp.where(real, old.positions + steps, 0)
     blocks = jnp.take_along_axis(old.block_tables, (positions // block_size)[:, None], axis=1)[:, 0]
-    attention = replace(
+    return replace(
         old,
         positions=positions,
         slots=jnp.where(real, blocks * block_size + positions % block_size, 0),
         seq_lens=jnp.where(real, old.seq_lens + steps, 0),
-    )
-    ints = first.sampling.ints.at[:, 3].add(steps)
-    return replace(
-        first, token_ids=token_ids, attention=attention, sampling=first.sampling._replace(ints=ints)
     )
 
 

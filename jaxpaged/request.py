@@ -13,6 +13,7 @@ class RequestStatus(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
     PREEMPTED = "preempted"  # waits again; what it had computed is gone, its tokens are not
+    SWAPPED = "swapped"  # waits again; what it had computed is in host memory
     FINISHED_STOPPED = "stop"
     FINISHED_LENGTH = "length"
     FINISHED_ABORTED = "abort"
@@ -34,8 +35,11 @@ class Request:
     There is no prefill and no decode phase. A request is behind by ``num_tokens - num_computed_tokens``; each
     step lets it catch up by some tokens, and when it has caught up, one token is sampled.
 
-    Invariants: ``num_computed_tokens <= num_tokens``; ``token_ids`` is the prompt followed by the output and only
-    grows; ``row`` is 0 exactly while the request is not running.
+    A step that was handed to the device counts as computed, although its results are not known yet: the request has
+    ``num_pending`` tokens then that are sampled, or will be, and that only the device knows.
+
+    Invariants: ``num_computed_tokens <= num_tokens + num_pending``; ``token_ids`` is the prompt followed by the output
+    and only grows; ``row`` is 0 exactly while the request is not running.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Request:
         eos_token_ids: frozenset[int] = frozenset(),
         index: int = 0,
         cache_salt: str | None = None,
+        num_tables: int = 1,
         priority: int = 0,
         tenant: str = "",
         deadline: float | None = None,
@@ -71,10 +76,17 @@ class Request:
         self.cache_salt = cache_salt
         self.num_prompt_tokens = len(prompt_token_ids)
         self.token_ids = list(prompt_token_ids)
-        self.table = BlockTable(block_size)
+        # One table for each group of layers (``KVLayout``); nearly always there is one group.
+        self.tables = tuple(BlockTable(block_size) for _ in range(num_tables))
+        self.table = self.tables[0]
+        self.host_tables: list[list[int]] | None = (
+            None  # host blocks in place of the tables while swapped out
+        )
         self.block_hashes: list[bytes] = []
         self.num_published = 0  # leading blocks that were offered to the prefix cache
         self.num_computed_tokens = 0
+        self.num_pending = 0
+        self.max_total_tokens = self.num_prompt_tokens + max_tokens
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.status = RequestStatus.WAITING
@@ -84,8 +96,10 @@ class Request:
         self.forks: list[Request] = []  # completions that wait for this one's prompt
         self.arrival_time = time.monotonic()
         self.needs_all_logits = params.prompt_logprobs is not None
-        # Log-probabilities are read, and biases decided, between any two tokens.
-        self.needs_host_each_step = params.logprobs is not None
+        # Log-probabilities come with each step's own output.
+        self.needs_single_steps = params.logprobs is not None
+        # What comes next depends on the tokens themselves, on the host: no step ahead of them.
+        self.needs_tokens_on_host = False
 
     def __repr__(self) -> str:
         return (
@@ -97,6 +111,11 @@ class Request:
     def num_tokens(self) -> int:
         """Prompt and output tokens so far."""
         return len(self.token_ids)
+
+    @property
+    def holds_blocks(self) -> bool:
+        """Whether it has blocks in the pool."""
+        return bool(self.table.ids)
 
     @property
     def num_output_tokens(self) -> int:

@@ -4,10 +4,11 @@ The program of a bucket takes the weights, the engine's device state and one pac
 sampler state) is donated and handed back, so it is updated in place and nothing else may hold it.
 """
 
+import itertools
 import logging
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -17,14 +18,17 @@ import numpy as np
 
 from jaxpaged.batch import BatchBuilder
 from jaxpaged.errors import RecompileError
+from jaxpaged.host_pool import HostPool
 from jaxpaged.models import Parameters
-from jaxpaged.pallas_kernels import copy_blocks
+from jaxpaged.pallas_kernels import copy_blocks, gather_blocks, scatter_blocks
 from jaxpaged.program import DeviceState, Programs, StepOutput
 from jaxpaged.sampler import set_bias_row, set_row
+from jaxpaged.step_plan import Move, MoveKind
 
 logger = logging.getLogger(__name__)
 
-COPY_WIDTH = 16  # block copies of one launch
+MOVE_WIDTH = 16  # blocks of one launch
+MAX_STAGED = 8  # launches whose blocks wait on the device for the step that takes them
 
 
 class Runner:
@@ -36,6 +40,7 @@ class Runner:
       operands: arrays of the user's attention variant.
       builder: knows the buckets and their layouts.
       new_state: makes an empty device state.
+      host_pool: where blocks are swapped to, or None.
     """
 
     def __init__(
@@ -45,7 +50,10 @@ class Runner:
         operands: tuple[jax.Array, ...],
         builder: BatchBuilder,
         new_state: Callable[[], DeviceState],
+        host_pool: HostPool | None = None,
     ) -> None:
+        self.host_pool = host_pool
+        self._staged: dict[tuple[int, ...], Future[tuple[jax.Array, jax.Array]]] = {}
         self._functions = functions
         self._weights: Parameters | None = weights
         self._operands = operands
@@ -85,7 +93,8 @@ class Runner:
         started = time.perf_counter()
         with ThreadPoolExecutor(max_workers) as workers:
             list(workers.map(self._program, *zip(*reversed(self._builder.programs), strict=True)))
-            list(workers.map(self._small_program, _SMALL_PROGRAMS))
+            names = [name for name in _SMALL_PROGRAMS if self.host_pool or name not in _SWAP_PROGRAMS]
+            list(workers.map(self._small_program, names))
         self.forbid_compile = True
         seconds = time.perf_counter() - started
         logger.info("warm-up: %d programs in %.1f s", len(self._programs) + len(self._small), seconds)
@@ -111,7 +120,7 @@ class Runner:
         if program is None:
             function, shapes = _SMALL_PROGRAMS[name]
             arguments = shapes(self.state)
-            jitted = jax.jit(function, donate_argnums=0)
+            jitted = jax.jit(function, donate_argnums=() if name == "gather_blocks" else 0)
             program = self._compile(jitted, name, self.state, *arguments)
             self._small[name] = program
         return program
@@ -139,13 +148,49 @@ class Runner:
         tokens, self._state = program(self._weights, self.state, buffer, self._operands)
         return tokens
 
-    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """Copies blocks (source, target) in every layer. Targets are new blocks, never also sources."""
-        for at in range(0, len(copies), COPY_WIDTH):
-            pairs = np.zeros((2, COPY_WIDTH), np.int32)
-            some = copies[at : at + COPY_WIDTH]
-            pairs[:, : len(some)] = np.array(some, np.int32).T
-            self._state = self._small_program("copy_blocks")(self.state, pairs)
+    def move_blocks(self, moves: Sequence[Move]) -> None:
+        """Copies, swaps out and swaps in, in this order; before the step that they are for."""
+        for kind, group in itertools.groupby(moves, key=lambda move: move.kind):
+            # Of two stores to one host block with nothing between them only the second counts.
+            pairs = list({move.target: (move.source, move.target) for move in group}.values())
+            parts = [pairs[at : at + MOVE_WIDTH] for at in range(0, len(pairs), MOVE_WIDTH)]
+            if kind is MoveKind.COPY:
+                for part in parts:  # targets are new blocks, never also sources
+                    self._state = self._small_program("copy_blocks")(self.state, _padded(part))
+            elif kind is MoveKind.SWAP_OUT:
+                for part in parts:
+                    self._swap_out(part)
+            else:
+                loads = [self._load(tuple(source for source, _ in part)) for part in parts]
+                for part, load in zip(parts, loads, strict=True):
+                    k, v = load.result()
+                    targets = _padded(part)[1]
+                    self._state = self._small_program("scatter_blocks")(self.state, targets, k, v)
+
+    def _swap_out(self, pairs: list[tuple[int, int]]) -> None:
+        assert self.host_pool is not None, "nowhere to swap to"
+        sources, targets = _padded(pairs)[0], [target for _, target in pairs]
+        for blocks in [blocks for blocks in self._staged if not set(blocks).isdisjoint(targets)]:
+            self._staged.pop(blocks).cancel()  # what was staged of them is no longer what they hold
+        k, v = self._small_program("gather_blocks")(self.state, sources)
+        self.host_pool.store(targets, k, v)
+
+    def _load(self, blocks: tuple[int, ...]) -> "Future[tuple[jax.Array, jax.Array]]":
+        assert self.host_pool is not None, "nowhere to swap from"
+        staged = self._staged.pop(blocks, None)
+        return self.host_pool.load(blocks, MOVE_WIDTH) if staged is None else staged
+
+    def stage(self, blocks: Sequence[int]) -> None:
+        """Starts to bring host blocks to the device that a later step will swap in, while this one runs."""
+        if self.host_pool is None:
+            return
+        parts = [tuple(blocks[at : at + MOVE_WIDTH]) for at in range(0, len(blocks), MOVE_WIDTH)]
+        parts = parts[:MAX_STAGED]
+        for old in [old for old in self._staged if old not in parts]:
+            self._staged.pop(old).cancel()
+        for part in parts:
+            if part not in self._staged:
+                self._staged[part] = self.host_pool.load(part, MOVE_WIDTH)
 
     def set_sampler_row(self, row: int, counts: np.ndarray, prompt: np.ndarray, bias: np.ndarray) -> None:
         """Replaces a row of the sampler state; arrays ``[V]`` as in ``sampler.set_row``."""
@@ -164,14 +209,34 @@ class Runner:
         if self._state is not None:
             for array in jax.tree.leaves(self._state):
                 array.delete()
+        for staged in self._staged.values():
+            staged.cancel()
+        self._staged.clear()
+        if self.host_pool is not None:
+            self.host_pool.close()
         self._state = None
         self._weights = None
         self._programs.clear()
         self._small.clear()
 
 
+def _padded(pairs: list[tuple[int, int]]) -> np.ndarray:
+    """Sources and targets, int32 ``[2, MOVE_WIDTH]``, padded with the dummy block."""
+    padded = np.zeros((2, MOVE_WIDTH), np.int32)
+    padded[:, : len(pairs)] = np.array(pairs, np.int32).T
+    return padded
+
+
 def _copy(state: DeviceState, pairs: jax.Array) -> DeviceState:
     return state._replace(pool=copy_blocks(state.pool, pairs[0], pairs[1]))
+
+
+def _gather(state: DeviceState, block_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gather_blocks(state.pool, block_ids)
+
+
+def _scatter(state: DeviceState, block_ids: jax.Array, k: jax.Array, v: jax.Array) -> DeviceState:
+    return state._replace(pool=scatter_blocks(state.pool, block_ids, k, v))
 
 
 def _set_row(
@@ -190,9 +255,24 @@ def _vocab(state: DeviceState, *dtypes: Any) -> tuple[jax.ShapeDtypeStruct, ...]
     return (row, *(jax.ShapeDtypeStruct((vocab_size,), dtype) for dtype in dtypes))
 
 
+def _ids() -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((MOVE_WIDTH,), jnp.int32)
+
+
+def _blocks(state: DeviceState) -> list[jax.ShapeDtypeStruct]:
+    layers = state.pool.num_layers
+    return [
+        jax.ShapeDtypeStruct((layers, MOVE_WIDTH, *array.shape[1:]), array.dtype)
+        for array in (state.pool.k, state.pool.v)
+    ]
+
+
+_SWAP_PROGRAMS = ("gather_blocks", "scatter_blocks")
 # Rare things that a step may need before it runs, with the shapes of their arguments after the state.
 _SMALL_PROGRAMS: dict[str, tuple[Any, Any]] = {
-    "copy_blocks": (_copy, lambda state: (jax.ShapeDtypeStruct((2, COPY_WIDTH), jnp.int32),)),
+    "copy_blocks": (_copy, lambda state: (jax.ShapeDtypeStruct((2, MOVE_WIDTH), jnp.int32),)),
+    "gather_blocks": (_gather, lambda state: (_ids(),)),
+    "scatter_blocks": (_scatter, lambda state: (_ids(), *_blocks(state))),
     "set_row": (_set_row, lambda state: _vocab(state, jnp.int32, jnp.bool_, jnp.float32)),
     "set_bias_row": (_set_bias_row, lambda state: _vocab(state, jnp.float32)),
 }

@@ -1,43 +1,49 @@
 """Who runs in the next step, with how many tokens and in which blocks. Ints only.
 
 Continuous batching (Orca, Yu et al. 2022) without phases: every request is behind by some tokens, one budget of
-tokens a step is given first to those that run, in the order of arrival, then to those that wait.
-A long prompt takes what is left and goes on in the next step (chunked prefill, Sarathi, arXiv:2308.16369).
-When blocks run out, the request that came last gives up its blocks and is computed again later.
+tokens a step is given first to those that run, in the order of admission, then to those that wait, in the order of the
+policy. A long prompt takes what is left and goes on in the next step (chunked prefill, Sarathi, arXiv:2308.16369).
+
+Scheduling may run ahead of the device: ``advance`` counts a step as computed once it has been handed over, ``collect``
+takes in its tokens when they are known, and in between the next step can be planned.
 """
 
 import logging
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterable, Mapping
 
-from jaxpaged.block_space import BlockSpace
+from jaxpaged.block_space import BlockSpace, Entry
 from jaxpaged.buckets import MAX_MULTI_STEP_ROWS
+from jaxpaged.deadlines import Deadlines
+from jaxpaged.memory_monitor import MemoryMonitor
+from jaxpaged.policies import Fcfs, SchedulingPolicy
+from jaxpaged.preemption import Preemption
 from jaxpaged.request import Request, RequestStatus
+from jaxpaged.step_plan import ScheduledStep
+from jaxpaged.waiting_queue import WaitingQueue
+
+__all__ = ["ScheduledStep", "Scheduler"]
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class ScheduledStep:
-    """What one step computes. ``rows`` pairs each request with its number of tokens, in batch order."""
-
-    rows: list[tuple[Request, int]] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)  # blocks to copy before the step
-    rewritten: list[Request] = field(default_factory=list)  # running requests whose tables these change
-    preempted: list[Request] = field(default_factory=list)
-    published: list[int] = field(default_factory=list)  # blocks this step makes findable
-    num_tokens: int = 0
-    num_steps: int = 1  # more: every row decodes so many tokens, one after the other, in one program
-
-
 class Scheduler:
-    """First come, first served over one ``BlockSpace``.
+    """Plans steps over one ``BlockSpace``.
 
     Invariants (``check_invariants``):
       * a request is in exactly one of ``running``, ``waiting`` or the forks of a request in either;
       * running requests have distinct rows in ``1 .. max_num_seqs``, all others row 0;
       * the block space's invariants over all of these requests.
+
+    Args:
+      space: the blocks.
+      max_num_seqs, max_num_batched_tokens: rows and tokens of a step.
+      watermark: share of the blocks that a new request must leave free, else it would soon push somebody out.
+      num_scheduler_steps: decode steps of one program while a few rows do nothing else.
+      policy: who is admitted next and who gives way; None for first come, first served.
+      tenant_weights: shares of tenants, 1 where not named.
+      monitor: acts on memory that runs short; None for nothing but watermark and preemption.
+      preemption: how a request gives up its blocks; None for recompute.
     """
 
     def __init__(
@@ -48,37 +54,72 @@ class Scheduler:
         max_num_batched_tokens: int,
         watermark: float = 0.01,
         num_scheduler_steps: int = 1,
+        policy: SchedulingPolicy | None = None,
+        tenant_weights: Mapping[str, float] | None = None,
+        monitor: MemoryMonitor | None = None,
+        preemption: Preemption | None = None,
     ) -> None:
         self.space = space
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.num_scheduler_steps = num_scheduler_steps
-        # A new request must leave this many blocks free, else it would soon push somebody out.
         self.watermark_blocks = int(watermark * space.num_blocks)
+        self.policy = policy or Fcfs()
+        self.monitor = monitor
+        self.preemption = preemption or Preemption(space)
+        self.deadlines = Deadlines()
         self.running: list[Request] = []
-        self.waiting: deque[Request] = deque()
-        self.num_preemptions = 0
+        self.waiting = WaitingQueue(self.policy, tenant_weights)
         self._free_rows = list(range(max_num_seqs, 0, -1))
+        self._num_arrivals = 0
+        self._has_tenants = bool(tenant_weights)
+        self._num_host_bound = 0  # running requests whose next step needs their tokens on the host
 
     @property
     def has_unfinished(self) -> bool:
         """Whether a further step has anything to do."""
         return bool(self.running or self.waiting)
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the next step cannot be planned, or built, before the tokens of the last one are known."""
+        return self._num_host_bound > 0
+
     def add(self, request: Request) -> None:
         """Queues a request, with its forks if it has any."""
-        self.waiting.append(request)
+        self._num_arrivals += 1
+        for each in (request, *request.forks):
+            each.arrival_index = self._num_arrivals
+        self._has_tenants = self._has_tenants or bool(request.tenant)
+        self.waiting.push(request)
+        self.deadlines.add(request)
 
     def schedule(self) -> ScheduledStep:
-        """Plans one step and takes the blocks it needs. Every call is followed by ``update`` or ``fail``."""
+        """Plans one step and takes the blocks it needs. Every call is followed by ``advance`` or ``fail``."""
         step = ScheduledStep()
-        budget = self._schedule_running(step, self.max_num_batched_tokens)
-        if not step.preempted:
+        budget, admit = self._heed_memory()
+        budget = self._schedule_running(step, budget)
+        if admit and not step.preempted:
             self._schedule_waiting(step, budget)
-        step.num_tokens = sum(count for _, count in step.rows)
+        step.num_tokens = sum([count for _, count in step.rows])
         if self.num_scheduler_steps > 1:
             self._extend(step, self.num_scheduler_steps)
+        step.moves = self.space.take_moves()
         return step
+
+    def _heed_memory(self) -> tuple[int, bool]:
+        """Tokens of this step, and whether anybody may be admitted."""
+        if self.space.pins:
+            self.space.pins.expire(time.monotonic())
+        if self.monitor is None:
+            return self.max_num_batched_tokens, True
+        allocator = self.space.allocator
+        advice = self.monitor.observe(
+            allocator.num_live, allocator.num_usable, len(self.running), self.max_num_batched_tokens
+        )
+        if advice.release_pins:
+            self.space.pins.give_way()
+        return advice.max_batched_tokens, advice.admit
 
     def _extend(self, step: ScheduledStep, num_steps: int) -> None:
         """Lets a step of few decode rows run several times, if nothing on the host has a say in between."""
@@ -86,12 +127,12 @@ class Scheduler:
             return
         needed = 0
         for request, _ in step.rows:
-            left = request.max_tokens - request.num_output_tokens
-            if left < num_steps or request.needs_host_each_step or request.forks:
+            known = len(request.token_ids) + request.num_pending
+            if request.max_total_tokens - known < num_steps or request.needs_single_steps or request.forks:
                 return
-            if request.num_computed_tokens + 1 < request.num_tokens:
+            if request.num_computed_tokens + 1 < known:
                 return
-            needed += request.table.missing(request.num_computed_tokens + num_steps)
+            needed += self.space.blocks_to_grow(request, request.num_computed_tokens + num_steps)
         if needed > self.space.num_free:
             return
         for request, _ in step.rows:
@@ -99,177 +140,234 @@ class Scheduler:
         step.num_steps = num_steps
 
     def _schedule_running(self, step: ScheduledStep, budget: int) -> int:
-        index, block_size = 0, self.space.block_size
-        while index < len(self.running) and budget > 0:
-            request = self.running[index]
+        """Gives those that run their tokens; somebody gives way as long as they do not all fit."""
+        while True:
+            rows, growing, needed, left = self._plan_running(budget)
+            if needed <= self.space.num_free:
+                break
+            self._make_room(step, needed)
+        for request, count in growing:
+            self._take(step, request, count)
+        step.rows += rows
+        if self._has_tenants:
+            for request, count in rows:
+                self.waiting.charge(request, count)
+        return left
+
+    def _plan_running(
+        self, budget: int
+    ) -> tuple[list[tuple[Request, int]], list[tuple[Request, int]], int, int]:
+        """(rows, those among them whose blocks change, free blocks needed, budget left)."""
+        rows: list[tuple[Request, int]] = []
+        growing: list[tuple[Request, int]] = []
+        needed, space, block_size = 0, self.space, self.space.block_size
+        for request in self.running:
+            if budget <= 0:
+                break
             done = request.num_computed_tokens
-            count = len(request.token_ids) - done
-            index += 1
+            known = len(request.token_ids) + request.num_pending
+            count = known - done
+            if request.num_pending and known >= request.max_total_tokens:
+                continue  # its last token is on the way
             if count == 1 and done % block_size and (done + 1) % block_size and not request.may_share:
                 # Most rows of most steps: one token into a block of its own that has room and does not fill.
-                step.rows.append((request, 1))
+                rows.append((request, 1))
                 budget -= 1
                 continue
+            if count <= 0:
+                continue
             count = min(count, budget)
-            if not self._find_room(step, request, done + count):
-                break
-            self._take(step, request, count)
+            if space.has_windows:
+                space.trim(request)
+            needed += space.blocks_to_grow(request, done + count)
+            rows.append((request, count))
+            growing.append((request, count))
             budget -= count
-        return budget
+        return rows, growing, needed, budget
 
-    def _find_room(self, step: ScheduledStep, request: Request, target: int) -> bool:
-        """Preempts until a running request can grow; False when it had to go itself."""
-        while (needed := self.space.blocks_to_grow(request, target)) > self.space.num_free:
-            if not self._make_room(step, request, needed):
-                return False
-        return True
+    def _make_room(self, step: ScheduledStep, needed: int) -> None:
+        """One of those that run gives up its blocks; alone, whatever else holds any goes first."""
+        alone = len(self.running) == 1
+        if alone and (self._release_waiting() or self.space.pins.give_way()):
+            return
+        victim = self.running[0] if alone else self.preemption.victim(self.policy, self.running)
+        self.running.remove(victim)
+        self._give_back_row(victim)
+        self.preemption.preempt(victim, needed, may_swap=not alone)
+        self.waiting.push(victim)
+        step.preempted.append(victim)
 
-    def _make_room(self, step: ScheduledStep, request: Request, needed: int) -> bool:
-        """Preempts the last of the running; False when that was ``request`` itself."""
-        victim = self.running[-1]
-        if victim is request and len(self.running) == 1 and self._release_waiting():
-            # Forks that wait hold blocks; alone with them, the one running request goes first.
-            return True
-        self._preempt(step, victim, needed)
-        return victim is not request
+    @property
+    def num_preemptions(self) -> int:
+        """How often a running request gave up its blocks."""
+        return self.preemption.num_preemptions
 
     def _release_waiting(self) -> bool:
+        """Forks that wait give up the blocks they hold."""
         released = False
         for waiting in self.waiting:
-            if waiting.table.ids:
+            if waiting.holds_blocks:
                 self.space.release(waiting)
                 released = True
         return released
 
-    def _preempt(self, step: ScheduledStep, victim: Request, needed: int) -> None:
-        logger.warning(
-            "request %s[%d] preempted: %d blocks needed, %d free; %d computed tokens will be computed again",
-            victim.request_id,
-            victim.index,
-            needed,
-            self.space.num_free,
-            victim.num_computed_tokens,
-        )
-        self.running.remove(victim)
-        self._give_back_row(victim)
-        self.space.release(victim)
-        victim.status = RequestStatus.PREEMPTED
-        victim.num_preemptions += 1
-        self.num_preemptions += 1
-        self.waiting.appendleft(victim)
-        step.preempted.append(victim)
+    def _num_cached(self, request: Request) -> int:
+        return self.space.plan_entry(request).num_computed_tokens
 
     def _schedule_waiting(self, step: ScheduledStep, budget: int) -> None:
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            request = self.waiting[0]
-            prefix = [] if request.table.ids else self.space.cached_prefix(request)
-            computed = request.num_computed_tokens or len(prefix) * self.space.block_size
-            count = min(request.num_tokens - computed, budget)
-            if request.table.ids:
-                needed = self.space.blocks_to_grow(request, computed + count)
-            else:
-                new = request.table.missing(computed + count) - len(prefix)
-                needed = new + self.space.num_revived(prefix)
+            request = self.waiting.peek(self._num_cached)
+            if request is None or request.num_pending:
+                break
+            entry = self.space.plan_entry(request)
+            count = min(request.num_tokens - entry.num_computed_tokens, budget)
+            needed = self.space.blocks_to_enter(request, entry, entry.num_computed_tokens + count)
             # A request that runs alone may use everything.
             reserve = self.watermark_blocks if self.running else 0
             if needed + reserve > self.space.num_free:
-                if self.running or not self._release_waiting():
+                if self.running or not (self._release_waiting() or self.space.pins.give_way()):
                     break
                 continue
-            self.waiting.popleft()
-            if not request.table.ids:
-                self.space.adopt(request, prefix)
-            request.row = self._free_rows.pop()
-            request.status = RequestStatus.RUNNING
-            self.running.append(request)
-            self._take(step, request, count)
+            self._admit(step, request, entry, count)
             budget -= count
+
+    def _admit(self, step: ScheduledStep, request: Request, entry: Entry, count: int) -> None:
+        self.waiting.remove(request)
+        self.space.enter(request, entry)
+        request.row = self._free_rows.pop()
+        request.status = RequestStatus.RUNNING
+        request.queue_deadline = None
+        self.running.append(request)
+        self._num_host_bound += request.needs_tokens_on_host
+        self._take(step, request, count)
+        step.rows.append((request, count))
+        if self._has_tenants:
+            self.waiting.charge(request, count)  # before the next one is chosen
 
     def _take(self, step: ScheduledStep, request: Request, count: int) -> None:
         target = request.num_computed_tokens + count
-        copy = self.space.grow(request, target)
-        if copy is not None:
-            step.copies.append(copy)
+        if self.space.grow(request, target):
             step.rewritten.append(request)
-        step.published += self.space.publish(request, target)
-        step.rows.append((request, count))
+        # A block is found by its tokens: those that only the device knows so far are published a step later.
+        step.published += self.space.publish(request, min(target, len(request.token_ids)))
 
-    def update(self, step: ScheduledStep, sampled: list[int]) -> list[Request]:
-        """Takes in the results of a step.
+    def next_loads(self) -> list[int]:
+        """Host blocks that the next request to be admitted will bring to the pool, as far as can be told now."""
+        if self.space.host is None or not self.waiting:
+            return []
+        request = self.waiting.peek(self._num_cached)
+        entry = None if request is None else self.space.plan_entry(request)
+        tables = [] if entry is None or entry.tables is None else entry.tables
+        return [-1 - item for table in tables for item in table if item < 0]
+
+    def advance(self, step: ScheduledStep) -> None:
+        """The step is with the device: what it computes counts as computed from here on."""
+        ahead = step.num_steps - 1
+        for index, (request, count) in enumerate(step.rows):
+            step.starts.append(request.num_computed_tokens)
+            request.num_computed_tokens = done = request.num_computed_tokens + count + ahead
+            if done - ahead < len(request.token_ids) + request.num_pending:
+                continue
+            request.num_pending += step.num_steps
+            step.sampling.append(index)
+            if request.forks:
+                self._release_forks(request)
+
+    def collect(self, step: ScheduledStep, sampled: list[int]) -> list[Request]:
+        """Takes in tokens of a step; once for each of its ``num_steps``.
 
         Args:
-          step: what ``schedule`` returned.
-          sampled: one token per row; ignored for rows that have not caught up.
+          step: what ``schedule`` returned and ``advance`` has seen.
+          sampled: one token per row; ignored for rows that have not caught up, and for who has ended meanwhile.
 
         Returns:
           The requests that got a new token, finished ones included, in batch order.
         """
         advanced = []
-        for (request, count), token in zip(step.rows, sampled, strict=False):
-            request.num_computed_tokens = done = request.num_computed_tokens + count
-            if done < len(request.token_ids):
+        for index in step.sampling:
+            request = step.rows[index][0]
+            if request.status.is_finished:
                 continue
-            if request.forks:
-                self._release_forks(request)
-            ending = request.append(token)
+            request.num_pending -= 1
             advanced.append(request)
+            ending = request.append(sampled[index])
             if ending is not None:
+                self.publish(request)
                 self.finish(request, ending)
         return advanced
 
-    def publish(self, step: ScheduledStep) -> None:
-        """Makes the blocks findable that several steps in one program have filled."""
-        for request, _ in step.rows:
-            if not request.status.is_finished:
-                self.space.publish(request, request.num_computed_tokens)
+    def update(self, step: ScheduledStep, sampled: list[int]) -> list[Request]:
+        """``advance`` and ``collect`` in one, for who does not run ahead."""
+        self.advance(step)
+        return self.collect(step, sampled)
+
+    def publish(self, request: Request) -> None:
+        """Makes a request's full blocks findable."""
+        if request.holds_blocks:
+            self.space.publish(request, min(request.num_computed_tokens, len(request.token_ids)))
 
     def _release_forks(self, request: Request) -> None:
         """The prompt is computed: the other completions share its blocks and need only its last token again."""
-        for child in reversed(request.forks):
-            self.space.fork(request, child, request.num_prompt_tokens)
-            child.num_computed_tokens = child.num_cached_tokens = request.num_prompt_tokens - 1
-            self.waiting.appendleft(child)
+        for child in request.forks:
+            self.space.fork(request, child, request.num_prompt_tokens - 1)
+            child.num_cached_tokens = child.num_computed_tokens
+            self.waiting.push(child)
         request.forks = []
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """Queues ``child``, whose tokens begin with some of the parent's; it shares what of them is computed."""
+        shared = min(parent.num_computed_tokens, child.num_tokens - 1, _common_length(parent, child))
+        if shared > 0 and parent.holds_blocks and self.space.fork(parent, child, shared):
+            child.num_cached_tokens = shared
+        self.add(child)
 
     def finish(self, request: Request, status: RequestStatus) -> None:
         """Ends a request in whatever state it is; its forks that have not begun are not ended with it."""
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
             self._give_back_row(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
         elif not request.status.is_finished:
-            holder = next((r.forks for r in self.requests() if request in r.forks), self.waiting)
-            if request in holder:
-                holder.remove(request)
+            siblings = next((r.forks for r in self.requests() if request in r.forks), [request])
+            siblings.remove(request)
         self.space.release(request)
         request.status = status
         if request.forks:
             # The next completion takes over as the one whose prompt is computed.
             heir, *rest = request.forks
             heir.forks, request.forks = rest, []
-            self.waiting.appendleft(heir)
+            self.waiting.push(heir)
 
     def fail(self, step: ScheduledStep) -> list[Request]:
         """Ends all requests of a step that raised; returns them."""
-        self.space.unpublish(step.published)
-        failed = [request for request, _ in step.rows]
+        self.space.unpublish(step.published, step.moves)
+        for request in step.preempted:
+            if request.host_tables is not None:
+                self.space.release(request)  # nobody knows whether it has arrived on the host
+                request.status = RequestStatus.PREEMPTED
+        failed = [request for request, _ in step.rows if not request.status.is_finished]
         for request in failed:
             self.finish(request, RequestStatus.FINISHED_ERROR)
         return failed
 
     def restart(self) -> None:
-        """Makes every request start over: the content of the pool was lost."""
+        """Makes every request start over: the content of the pool was lost, and tokens that were on the way."""
+        self.space.take_moves()
         for request in self.running:
             self._give_back_row(request)
             request.status = RequestStatus.PREEMPTED
             request.num_preemptions += 1
-        self.waiting.extendleft(reversed(self.running))
+            self.waiting.push(request)
         self.running.clear()
         for request in self.requests():
+            request.num_pending = 0
             self.space.release(request)
-        self.space.cache.clear()
+        self.space.forget_everything()
 
     def _give_back_row(self, request: Request) -> None:
         self._free_rows.append(request.row)
+        self._num_host_bound -= request.needs_tokens_on_host
         request.row = 0
 
     def requests(self) -> Iterable[Request]:
@@ -288,5 +386,14 @@ class Scheduler:
         for request in everything:
             assert not request.status.is_finished, "a finished request is still queued"
             assert (request.row > 0) == (request.status is RequestStatus.RUNNING), "row of a waiting request"
-            assert request.num_computed_tokens <= request.num_tokens, "computed more than there is"
+            known = request.num_tokens + request.num_pending
+            assert request.num_computed_tokens <= known, "computed more than there is"
+        self.waiting.check_invariants()
         self.space.check_invariants(everything)
+
+
+def _common_length(parent: Request, child: Request) -> int:
+    """Length of the tokens that both begin with."""
+    pairs = zip(parent.token_ids, child.token_ids, strict=False)
+    same = min(len(parent.token_ids), len(child.token_ids))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), same)

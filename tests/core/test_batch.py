@@ -91,7 +91,7 @@ def naive(step: ScheduledStep, bucket: int) -> dict[str, np.ndarray]:
 
 
 def check(step: ScheduledStep, bucket: int, inputs: StepInputs) -> None:
-    expected, attention = naive(step, bucket), inputs.attention
+    expected, attention = naive(step, bucket), inputs.attention[0]
     found = {name: getattr(attention, name) for name in attention.__dataclass_fields__}
     found |= {name: getattr(inputs, name) for name in ("token_ids", "next_token_ids", "sample_at")}
     # Where a padding row samples is of no interest, as long as it is in bounds.

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from jaxpaged.block_space import BlockSpace
 from jaxpaged.prefix_cache import PrefixCache, block_hashes
 from jaxpaged.request import Request
+from jaxpaged.step_plan import MoveKind
 from tests.core.pool_model import make_request
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=12)
@@ -34,7 +35,9 @@ class BlockSpaceMachine(RuleBasedStateMachine):
     @rule(prompt=TOKENS, salt=st.sampled_from([None, None, "a", "b"]))
     def admit(self, prompt: list[int], salt: str | None) -> None:
         (request,) = make_request("r", prompt, block_size=self.space.block_size, salt=salt)
-        found = self.space.cached_prefix(request)
+        entry = self.space.plan_entry(request)
+        assert entry.tables is not None
+        found = entry.tables[0]
         size = self.space.block_size
         assert len(found) * size < len(prompt), "the last token must be computed"
         for index, block in enumerate(found):
@@ -44,24 +47,26 @@ class BlockSpaceMachine(RuleBasedStateMachine):
         if longer < len(prompt):
             cached = {content for block, content in self.content.items() if block in self.space.cache}
             assert self.prefix(request, len(found)) not in cached, "a longer prefix is cached"
-        needed = request.table.missing(len(prompt)) - len(found) + self.space.num_revived(found)
-        if needed > self.space.num_free:
+        assert entry.num_computed_tokens == len(found) * size
+        if self.space.blocks_to_enter(request, entry, len(prompt)) > self.space.num_free:
             return
-        self.space.adopt(request, found)
+        self.space.enter(request, entry)
         self.requests.append(request)
         self.compute(request, len(prompt))
 
     def compute(self, request: Request, target: int) -> None:
-        source_and_target = self.space.grow(request, target)
-        if source_and_target is not None:
-            source, copy = source_and_target
+        copied = self.space.grow(request, target)
+        moves = self.space.take_moves()
+        assert copied == bool(moves)
+        for kind, source, copy in moves:
+            assert kind is MoveKind.COPY
             assert self.space.allocator.count(source) >= 1, "the copy was not needed"
             assert copy in request.table.ids
         size = self.space.block_size
         first, last = request.num_computed_tokens // size, (target - 1) // size
         for block in request.table.ids[first : last + 1]:
             assert self.space.allocator.count(block) == 1, "a shared block is written"
-            assert block not in self.space.cache or source_and_target is None
+            assert block not in self.space.cache or not copied
         for index in range(first, target // size):
             self.content[request.table.ids[index]] = self.prefix(request, index)
         self.space.publish(request, target)
@@ -84,8 +89,9 @@ class BlockSpaceMachine(RuleBasedStateMachine):
         (child,) = make_request(
             "c", list(parent.token_ids), block_size=self.space.block_size, salt=parent.cache_salt
         )
-        self.space.fork(parent, child, child.num_tokens)
-        child.num_computed_tokens = child.num_tokens - 1
+        shared = child.num_tokens - 1
+        assert self.space.fork(parent, child, shared) == (shared <= parent.num_computed_tokens)
+        assert child.num_computed_tokens == shared
         if self.space.blocks_to_grow(child, child.num_tokens) > self.space.num_free:
             self.space.release(child)
             return
@@ -193,4 +199,5 @@ def test_nothing_is_found_when_it_must_not_be(caching: bool, prompt_logprobs: in
     assert bool(space.publish(first, 3)) == caching
     (second,) = make_request("b", [1, 2, 3], block_size=2)
     second.needs_all_logits = prompt_logprobs is not None
-    assert space.cached_prefix(second) == []
+    entry = space.plan_entry(second)
+    assert (entry.num_computed_tokens, entry.tables) == (0, [[]])

@@ -186,7 +186,7 @@ def test_a_request_that_can_never_fit_the_pool() -> None:
     sizes = {"num_blocks": 8, "max_num_seqs": 2, "max_num_batched_tokens": 2, "num_scheduler_steps": 1}
     with new_engine(**sizes) as engine, idle(engine):  # 28 tokens
         prompt = prompt_of(20)
-        with pytest.raises(RequestTooLargeError, match=r"20 prompt \+ 10 output tokens.*pool of 28 tokens"):
+        with pytest.raises(RequestTooLargeError, match=r"20 prompt \+ 10 output tokens.*8 blocks of 4 .* 7"):
             engine.add_request("x", prompt, GREEDY.clone(max_tokens=10))
         with pytest.raises(RequestTooLargeError):
             engine.generate(prompt, GREEDY.clone(max_tokens=None))

@@ -105,7 +105,8 @@ def test_forked(engine: Engine, expected: list[list[int]], which: int, n: int) -
     assert [c.token_ids for c in last.outputs] == [expected[which]] * n
     assert [c.index for c in last.outputs] == list(range(n))
     after = engine.stats()
-    assert after.blocks_copied > before.blocks_copied
+    # Nothing is copied where the prompt's last token, which all compute again, begins a block.
+    assert (after.blocks_copied > before.blocks_copied) == ((len(PROMPTS[which]) - 1) % 4 > 0)
     if (which, n) == (1, 8):  # eight times 43 tokens do not fit
         assert after.num_preemptions > before.num_preemptions
 

@@ -70,7 +70,9 @@ def test_paged_equals_dense(family: str, attention: str | None, variant: str) ->
         for _ in range(2):  # the second time from the prefix cache
             for output in engine.generate([*prompts, prompts[0]], params):
                 assert is_dense_greedy(output.prompt_token_ids, output.outputs[0].token_ids, model, chosen)
-        assert engine.stats().num_preemptions > 0
+        # Where all layers have a window the blocks behind it are given back, and memory never runs short.
+        has_window = FAMILIES[family].sliding_windows[0] is not None
+        assert (engine.stats().num_preemptions > 0) != has_window
         assert engine.stats().prefix_cache_hits > 0
 
 

@@ -81,10 +81,10 @@ class Story:
         if number == 1:
             fields = layout.views(buffer)
             for name in SHOWN_BUFFER:
-                yield f"  {name:<16} {' '.join(map(str, fields[name]))}"
+                yield f"  {name:<16} {' '.join(map(str, fields[name].reshape(-1)))}"
             for row in range(layout.num_rows):
                 label = "block_tables" if row == 0 else ""
-                yield f"  {label:<16} {' '.join(map(str, fields['block_tables'][row]))}"
+                yield f"  {label:<16} {' '.join(map(str, fields['block_tables'][0, row]))}"
             for request, _ in step.rows:
                 digests = " ".join(digest.hex()[:8] for digest in request.block_hashes)
                 yield f"  hashes of {self.names[request]:<6} {digests}"

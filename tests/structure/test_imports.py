@@ -7,13 +7,28 @@ from tests.support.repository import imports, imports_at_load, is_within, python
 
 LAYERS = {"pallas_kernels": 0, "models": 1, "jaxpaged": 2, "serve": 3}
 PURE_HOST_FILES = (
+    "beam_params",
+    "beam_search",
     "block_allocator",
+    "block_space",
     "block_table",
+    "block_trace",
     "config",
+    "deadlines",
     "errors",
+    "host_tier",
+    "kv_layout",
+    "memory_monitor",
+    "pinned_prefixes",
+    "policies",
+    "preemption",
+    "preemption_cost",
     "prefix_cache",
+    "records",
     "request",
     "scheduler",
+    "step_plan",
+    "waiting_queue",
 )
 HTTP_AND_TERMINAL = ("fastapi", "starlette", "uvicorn", "aiohttp", "typer", "rich", "prompt_toolkit")
 TEST_ORACLES = ("transformers", "torch", "tensorflow", "vllm")
