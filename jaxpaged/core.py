@@ -17,6 +17,7 @@ from jaxpaged.batch import BatchBuilder
 from jaxpaged.device_rows import DeviceRows
 from jaxpaged.errors import UnknownRequestError
 from jaxpaged.generation import Generation
+from jaxpaged.host_pool import HostPoolStats
 from jaxpaged.outputs import EngineStats, RequestOutput
 from jaxpaged.program import StepOutput
 from jaxpaged.request import Request, RequestStatus
@@ -35,6 +36,8 @@ class _Launched:
     step: ScheduledStep
     output: StepOutput | None  # None for several steps in one program
     tokens: Any  # int32 [B], or [num_steps, B] for several steps
+    begun: float  # ``time.perf_counter`` when it was handed over
+    compiled: bool  # whether its program had to be compiled first
 
 
 class EngineCore:
@@ -61,6 +64,8 @@ class EngineCore:
         self._rows = DeviceRows(builder, runner, self.results.home, vocab_size)
         self._launched: deque[_Launched] = deque()
         self._stats = EngineStats()
+        self._last_computed = 0.0
+        self._moved = HostPoolStats()
 
     @property
     def generations(self) -> dict[str, Generation]:
@@ -164,10 +169,14 @@ class EngineCore:
         return []
 
     def _execute(self, step: ScheduledStep, bucket: int, buffer: np.ndarray) -> _Launched:
+        num_compiles, output = self.runner.num_compiles, None
         if step.num_steps > 1:
-            return _Launched(step, None, self.runner.execute_decode_steps(bucket, buffer, step.num_steps))
-        output = self.runner.execute(bucket, buffer)
-        return _Launched(step, output, output.sampled.tokens)
+            tokens: Any = self.runner.execute_decode_steps(bucket, buffer, step.num_steps)
+        else:
+            output = self.runner.execute(bucket, buffer)
+            tokens = output.sampled.tokens
+        compiled = self.runner.num_compiles != num_compiles
+        return _Launched(step, output, tokens, time.perf_counter(), compiled)
 
     def _collect(self, num_left: int) -> list[RequestOutput]:
         """Takes in the steps that are with the device but for the last ``num_left``."""
@@ -184,10 +193,28 @@ class EngineCore:
                 self._start_over()
                 raise
             computed = time.perf_counter()
+            self._learn(launched, computed)
             outputs += self.results.take(StepTokens(launched.step, launched.output, tokens))
             self._stats.device_time += computed - begun
             self._stats.update_time += time.perf_counter() - computed
         return outputs
+
+    def _learn(self, launched: _Launched, computed: float) -> None:
+        """What a step and the copies beside it took, for the choice between recomputing and swapping."""
+        seconds = computed - max(launched.begun, self._last_computed)
+        self._last_computed = computed
+        cost, host_pool = self.scheduler.preemption.cost, self.runner.host_pool
+        if cost is None or host_pool is None:
+            return
+        if not launched.compiled and launched.step.num_steps == 1:
+            cost.observe_step(launched.step.num_tokens, seconds)
+        moved, before = host_pool.stats, self._moved
+        self._moved = moved
+        num_bytes = moved.bytes_stored + moved.bytes_loaded - before.bytes_stored - before.bytes_loaded
+        taken = (
+            moved.seconds_storing + moved.seconds_loading - before.seconds_storing - before.seconds_loading
+        )
+        cost.observe_transfer(num_bytes, taken)
 
     def _fail(self, step: ScheduledStep, error: Exception) -> list[RequestOutput]:
         """A step raised: its requests end with the error, all others go on."""
