@@ -127,10 +127,12 @@ class _Decoding:
         layout: PackedLayout,
     ) -> None:  # fmt: skip
         self.requests, self.engine_rows, self.bucket, self.version = requests, engine_rows, bucket, version
+        self.num_steps = 1
         self.index = np.arange(len(requests))
         self.num_prompt_tokens = np.array([request.num_prompt_tokens for request in requests], np.int32)
         self._buffers = [buffer, buffer.copy()]
         self._views = [layout.views(each) for each in self._buffers]
+        self.positions = self._views[0]["positions"][: len(requests)].copy()
         self.tables_changed = [False, False]  # whether a buffer's block tables are out of date
         self._turn = 0
 
@@ -202,7 +204,7 @@ class BatchBuilder:
         """The bucket of a step and its packed buffer."""
         last = self._last
         if last is not None and self._is_next(step, last):
-            return self._build_next(last)
+            return self._build_next(step, last)
         bucket = bucket_for(step.num_tokens, self.buckets)
         layout = self._layouts[bucket]
         buffer = np.zeros(layout.size, np.int32)
@@ -238,23 +240,24 @@ class BatchBuilder:
         self._last = None
         if (counts == 1).all() and sampled_rows[:num_rows].all() and not f["flags"][1]:
             self._last = _Decoding(requests, engine_rows, bucket, buffer, self.sampling.version, layout)
+            self._last.num_steps = step.num_steps
         return bucket, buffer
 
     def _is_next(self, step: ScheduledStep, last: _Decoding) -> bool:
-        """Whether a step has the decode rows of the last one, with the same sampling parameters."""
-        if len(step.rows) != len(last.requests) or step.num_tokens != len(step.rows):
-            return False
-        return last.version == self.sampling.version and all(
-            request is other
-            and len(request.token_ids) + request.num_pending == request.num_computed_tokens + 1
-            for (request, _), other in zip(step.rows, last.requests, strict=True)
-        )
+        """Whether a step has the decode rows of the last one, with the same sampling parameters.
 
-    def _build_next(self, last: _Decoding) -> tuple[int, np.ndarray]:
+        They all sampled then, so each has one token to compute now; who lost its row meanwhile, or its blocks, was
+        bound to a row again, which changed the version.
+        """
+        if step.num_tokens != len(last.requests) or last.version != self.sampling.version:
+            return False
+        return [request for request, _ in step.rows] == last.requests
+
+    def _build_next(self, step: ScheduledStep, last: _Decoding) -> tuple[int, np.ndarray]:
         """What differs between two steps of the same decode rows, written over the buffer of two steps ago."""
         requests, count = last.requests, len(last.requests)
         buffer, f, turn = last.next()
-        for request in requests:
+        for request in step.grown:
             if len(request.table.ids) != self._written[request.row]:
                 self._sync_tables(request)
                 last.tables_changed = [True, True]
@@ -262,11 +265,16 @@ class BatchBuilder:
         if last.tables_changed[turn]:
             tables[:] = self._tables[:, last.engine_rows]
             last.tables_changed[turn] = False
-        positions = f["positions"][:count]
-        positions[:] = [request.num_computed_tokens for request in requests]
-        f["token_ids"][:count] = [
-            -request.row if request.num_pending else request.token_ids[-1] for request in requests
-        ]
+        positions = last.positions
+        positions += last.num_steps
+        last.num_steps = step.num_steps
+        assert positions[0] == requests[0].num_computed_tokens, "not the step after the last"
+        f["positions"][:count] = positions
+        # Nobody's last token is known yet, or everybody's.
+        if requests[0].num_pending:
+            f["token_ids"][:count] = -last.engine_rows
+        else:
+            f["token_ids"][:count] = [request.token_ids[-1] for request in requests]
         blocks = tables[:, last.index, positions // self.block_size]
         f["slots"][:, :count] = blocks * self.block_size + positions % self.block_size
         f["seq_lens"][:count] = positions + 1

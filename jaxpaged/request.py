@@ -20,13 +20,9 @@ class RequestStatus(enum.Enum):
     FINISHED_ERROR = "error"
     FINISHED_TIMEOUT = "timeout"  # its deadline or its longest time in the queue has passed
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether it will never run again."""
-        return self in _FINISHED
-
-
-_FINISHED = frozenset(status for status in RequestStatus if status.name.startswith("FINISHED"))
+    def __init__(self, reason: str) -> None:
+        # Whether it will never run again. An attribute, for it is asked for every row of every step.
+        self.is_finished = reason in ("stop", "length", "abort", "error", "timeout")
 
 
 class Request:

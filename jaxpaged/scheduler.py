@@ -137,6 +137,7 @@ class Scheduler:
             return
         for request, _ in step.rows:
             self.space.append_blocks(request, request.num_computed_tokens + num_steps)
+            step.grown.append(request)
         step.num_steps = num_steps
 
     def _schedule_running(self, step: ScheduledStep, budget: int) -> int:
@@ -245,6 +246,7 @@ class Scheduler:
             self.waiting.charge(request, count)  # before the next one is chosen
 
     def _take(self, step: ScheduledStep, request: Request, count: int) -> None:
+        step.grown.append(request)
         target = request.num_computed_tokens + count
         if self.space.grow(request, target):
             step.rewritten.append(request)

@@ -30,6 +30,7 @@ class ScheduledStep:
     rows: list[tuple[Request, int]] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
     rewritten: list[Request] = field(default_factory=list)  # running requests whose tables these change
+    grown: list[Request] = field(default_factory=list)  # running requests whose tables may have become longer
     preempted: list[Request] = field(default_factory=list)
     published: list[int] = field(default_factory=list)  # blocks this step makes findable
     num_tokens: int = 0
