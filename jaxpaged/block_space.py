@@ -270,7 +270,7 @@ class BlockSpace:
 
     def blocks_to_grow(self, request: Request, num_tokens: int) -> int:
         """Free blocks it takes to compute up to ``num_tokens``, copies on write included."""
-        needed = sum(table.missing(num_tokens) for table in request.tables)
+        needed = request.table.missing(num_tokens) * len(request.tables)  # tables are of one length
         return needed + len(self._shared_tables(request)) if request.may_share else needed
 
     def _shared_tables(self, request: Request) -> list[BlockTable]:
@@ -302,11 +302,13 @@ class BlockSpace:
 
     def append_blocks(self, request: Request, num_tokens: int) -> None:
         """Adds the blocks that ``num_tokens`` tokens still miss; the caller saw that they are free."""
+        missing = request.table.missing(num_tokens)
+        if not missing:
+            return
         for table in request.tables:
-            missing = table.missing(num_tokens)
             for _ in range(missing):
                 table.ids.append(self.allocator.allocate())
-            self.stats.allocated += missing
+        self.stats.allocated += missing * len(request.tables)
 
     def publish(self, request: Request, num_tokens: int) -> list[int]:
         """Makes the blocks that are full at ``num_tokens`` findable; returns those that are new in the cache.

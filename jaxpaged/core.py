@@ -63,6 +63,7 @@ class EngineCore:
         self.results = Results(scheduler)
         self._rows = DeviceRows(builder, runner, self.results.home, vocab_size)
         self._launched: deque[_Launched] = deque()
+        self._outputs: list[RequestOutput] = []  # those that an interrupted step could not return
         self._stats = EngineStats()
         self._last_computed = 0.0
         self._moved = HostPoolStats()
@@ -112,15 +113,18 @@ class EngineCore:
     def step(self) -> list[RequestOutput]:
         """Hands the device its next step and returns what the last one brought; without overlap, its own.
 
-        At most one output a request, but for one that fails.
+        At most one output a request, but for one that fails, and after an interrupt.
         """
-        outputs = self._end_late_requests()
+        outputs = self._outputs
+        outputs += self._end_late_requests()
         if self.scheduler.needs_tokens:
             outputs += self._collect(0)
         before = len(self._launched)
         outputs += self._launch()
         is_ahead = self.overlap and len(self._launched) > before
-        return outputs + self._collect(1 if is_ahead else 0)
+        outputs += self._collect(1 if is_ahead else 0)
+        self._outputs = []
+        return outputs
 
     def _end_late_requests(self) -> list[RequestOutput]:
         outputs: list[RequestOutput | None] = []
@@ -194,7 +198,12 @@ class EngineCore:
                 raise
             computed = time.perf_counter()
             self._learn(launched, computed)
-            outputs += self.results.take(StepTokens(launched.step, launched.output, tokens))
+            try:
+                outputs += self.results.take(StepTokens(launched.step, launched.output, tokens))
+            except BaseException:
+                self._start_over()
+                self._outputs += self.results.settle()
+                raise
             self._stats.device_time += computed - begun
             self._stats.update_time += time.perf_counter() - computed
         return outputs

@@ -20,6 +20,7 @@ class Completion:
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float = 0.0
     delta: list[str] = field(default_factory=list)  # text since the last output
+    num_taken_tokens: int = 0  # whose text and log-probabilities are here
     num_shown_tokens: int = 0
     end_was_shown: bool = False
 

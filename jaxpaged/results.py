@@ -4,7 +4,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -32,6 +32,17 @@ class StepTokens:
     tokens: list[list[int]]
 
 
+@dataclass
+class _Taking:
+    """How far ``Results.take`` has come."""
+
+    step: ScheduledStep
+    now: float = field(default_factory=time.monotonic)
+    sampled: LogprobArrays | None = None
+    touched: dict[str, Generation] = field(default_factory=dict)
+    outputs: list[RequestOutput] = field(default_factory=list)
+
+
 class Results:
     """The generations under way, and what becomes of their tokens.
 
@@ -43,6 +54,7 @@ class Results:
         self._scheduler = scheduler
         self.generations: dict[str, Generation] = {}
         self._homes: dict[Request, tuple[Generation, Completion]] = {}
+        self._taking = _Taking(ScheduledStep())
         self.finished: Counter[str] = Counter()  # completions by finish reason
         self.num_generation_tokens = 0
 
@@ -63,41 +75,52 @@ class Results:
         return self._homes[request][0]
 
     def take(self, arrived: StepTokens) -> list[RequestOutput]:
-        """Takes in the tokens of a step; returns what there is to show."""
-        touched: dict[str, Generation] = {}
-        now, scheduler, step, output = time.monotonic(), self._scheduler, arrived.step, arrived.output
-        sampled, rows = None, dict[Request, int]()
+        """Takes in the tokens of a step; returns what there is to show. After an interrupt comes ``settle``."""
+        scheduler, step, output = self._scheduler, arrived.step, arrived.output
+        self._taking = taking = _Taking(step)
+        rows = dict[Request, int]()
         if output is not None:
             self._take_prompt_logprobs(step, output.prompt)
             if any(request.params.logprobs is not None for request, _ in step.rows):
-                sampled = _on_host(output.sampled)
+                taking.sampled = _on_host(output.sampled)
                 rows = {request: i for i, (request, _) in enumerate(step.rows)}
         for column in arrived.tokens:
             for request in scheduler.collect(step, column):
-                self._take_token(request, now, touched, sampled, rows.get(request, 0))
+                self._take_token(request, taking, rows.get(request, 0))
         if len(arrived.tokens) > 1:
             for request, _ in step.rows:
                 scheduler.publish(request)
-        outputs = [self.close_if_done(generation) for generation in touched.values()]
-        return [each for each in outputs if each is not None]
+        return self._close(taking)
 
-    def _take_token(
-        self,
-        request: Request,
-        now: float,
-        touched: dict[str, Generation],
-        sampled: LogprobArrays | None,
-        row: int,
-    ) -> None:
-        """Text and log-probabilities of a request's newest token; notes in ``touched`` who has something to show."""
+    def settle(self) -> list[RequestOutput]:
+        """Ends a ``take`` that was interrupted: takes in what requests had got by then; they get the rest anew."""
+        taking = self._taking
+        for row, (request, _) in enumerate(taking.step.rows):
+            home = self._homes.get(request)
+            if home is not None and home[1].num_taken_tokens < request.num_output_tokens:
+                self._take_token(request, taking, row)
+        return self._close(taking)
+
+    def _close(self, taking: _Taking) -> list[RequestOutput]:
+        """What there is to show of the generations that a step has touched, which leave if they have finished."""
+        for name, generation in list(taking.touched.items()):
+            output = self.close_if_done(generation)
+            if output is not None:
+                taking.outputs.append(output)
+            del taking.touched[name]
+        return taking.outputs
+
+    def _take_token(self, request: Request, taking: _Taking, row: int) -> None:
+        """Text and log-probabilities of a request's newest token; notes who has something to show."""
         self.num_generation_tokens += 1
         generation, completion = self._homes[request]
         if generation.error is not None:
             return
         try:
-            if sampled is not None and completion.logprobs is not None:
-                generation.add_logprobs(completion, row, sampled)
-            stop = generation.append(completion, now)
+            if taking.sampled is not None and completion.logprobs is not None:
+                generation.add_logprobs(completion, row, taking.sampled)
+            stop = generation.append(completion, taking.now)
+            completion.num_taken_tokens += 1
             if stop is not None:
                 request.stop_reason = stop
                 self._finish(generation, completion, RequestStatus.FINISHED_STOPPED)
@@ -108,7 +131,7 @@ class Results:
         except Exception as error:
             logger.exception("request %s ends with an error", generation.request_id)
             self.end_with_error(generation, error)
-        touched[generation.request_id] = generation
+        taking.touched[generation.request_id] = generation
 
     def _take_prompt_logprobs(self, step: ScheduledStep, prompt: PromptLogprobs) -> None:
         if not any(request.needs_all_logits for request, _ in step.rows):

@@ -170,8 +170,9 @@ class Scheduler:
             count = known - done
             if request.num_pending and known >= request.max_total_tokens:
                 continue  # its last token is on the way
-            if count == 1 and done % block_size and (done + 1) % block_size and not request.may_share:
-                # Most rows of most steps: one token into a block of its own that has room and does not fill.
+            if count == 1 and done % block_size and not request.may_share:
+                # Most rows of most steps: one token into a block of its own that has room. A block that this fills
+                # is published with the next one.
                 rows.append((request, 1))
                 budget -= 1
                 continue
