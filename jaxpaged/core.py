@@ -18,6 +18,7 @@ from jaxpaged.device_rows import DeviceRows
 from jaxpaged.errors import UnknownRequestError
 from jaxpaged.generation import Generation
 from jaxpaged.host_pool import HostPoolStats
+from jaxpaged.memory import MemoryReport
 from jaxpaged.outputs import EngineStats, RequestOutput
 from jaxpaged.program import StepOutput
 from jaxpaged.request import Request, RequestStatus
@@ -54,11 +55,13 @@ class EngineCore:
         runner: Runner,
         *,
         vocab_size: int,
+        memory: MemoryReport,
         overlap: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.builder = builder
         self.runner = runner
+        self.memory = memory
         self.overlap = overlap
         self.results = Results(scheduler)
         self._rows = DeviceRows(builder, runner, self.results.home, vocab_size)
@@ -201,6 +204,7 @@ class EngineCore:
             try:
                 outputs += self.results.take(StepTokens(launched.step, launched.output, tokens))
             except BaseException:
+                self._recover_state()
                 self._start_over()
                 self._outputs += self.results.settle()
                 raise
