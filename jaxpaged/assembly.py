@@ -1,7 +1,5 @@
 """From the constructor's arguments to the parts of an engine, everything checked before weights are read."""
 
-import logging
-import math
 import os
 from functools import partial
 from pathlib import Path
@@ -19,7 +17,7 @@ from jaxpaged.errors import InvalidRequestError
 from jaxpaged.host_pool import HostPool
 from jaxpaged.host_tier import HostTier
 from jaxpaged.kv_layout import KVLayout
-from jaxpaged.memory import MIN_BLOCKS, num_blocks_for, step_bytes, tree_bytes
+from jaxpaged.memory import MIN_BLOCKS, MemoryReport, num_blocks_for, step_bytes, tree_bytes
 from jaxpaged.memory_monitor import MemoryMonitor
 from jaxpaged.models import Decoder, ModelConfig, flat_parameters, load_config, load_model, split_parameters
 from jaxpaged.pallas_kernels import AttentionVariant, KVPool
@@ -32,8 +30,6 @@ from jaxpaged.runner import Runner
 from jaxpaged.sampler import init_sampler_state
 from jaxpaged.scheduler import Scheduler
 from jaxpaged.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 def check_types(model: object, params: object, tokenizer: object, variant: object, folder: object) -> None:
@@ -107,11 +103,12 @@ def assemble(
         config.logprobs_mode,
     )
     new_state = partial(_new_state, shape, config, layout)
-    num_blocks = config.num_blocks
+    empty = jax.eval_shape(lambda: new_state(MIN_BLOCKS))
+    num_blocks, largest_step = config.num_blocks, None
     if num_blocks is None:
-        reserved = (
-            0 if device.platform == "cpu" else step_bytes(functions, weights, operands, config, new_state)
-        )
+        if device.platform != "cpu":
+            largest_step = step_bytes(functions, weights, operands, config, new_state)
+        reserved = (largest_step or 0) + tree_bytes(empty.sampler)
         num_blocks = num_blocks_for(shape, config, layout, device, tree_bytes(weights), reserved)
     builder = BatchBuilder(
         buckets=config.buckets,
@@ -122,7 +119,19 @@ def assemble(
         num_scheduler_steps=config.num_scheduler_steps,
         num_groups=layout.num_groups,
     )
-    host_pool, tier, cost = _host_memory(config, jax.eval_shape(lambda: new_state(MIN_BLOCKS)).pool, device)
+    host_pool, tier, cost = _host_memory(config, empty.pool, device)
+    block_bytes = tree_bytes(empty.pool) // MIN_BLOCKS
+    report = MemoryReport(
+        weights=tree_bytes(weights),
+        step=largest_step,
+        sampler=tree_bytes(empty.sampler),
+        pool=num_blocks * block_bytes,
+        block=block_bytes,
+        num_blocks=num_blocks,
+        host_pool=0 if host_pool is None else host_pool.num_blocks * block_bytes,
+        limit=(device.memory_stats() or {}).get("bytes_limit"),
+    )
+    report.log()
     runner = Runner(functions, weights, operands, builder, partial(new_state, num_blocks), host_pool)
     space = BlockSpace(num_blocks, config.block_size, config.enable_prefix_caching, layout.windows, tier)
     scheduler = Scheduler(
@@ -136,8 +145,14 @@ def assemble(
         monitor=MemoryMonitor(config.memory_warning, config.memory_critical),
         preemption=Preemption(space, config.preemption_mode, cost),
     )
-    overlap = config.async_scheduling
-    return EngineCore(scheduler, builder, runner, vocab_size=shape.vocab_size, overlap=overlap)
+    return EngineCore(
+        scheduler,
+        builder,
+        runner,
+        vocab_size=shape.vocab_size,
+        overlap=config.async_scheduling,
+        memory=report,
+    )
 
 
 def kv_layout(shape: ModelConfig, config: EngineConfig, variant: AttentionVariant | None) -> KVLayout:
@@ -152,13 +167,12 @@ def _host_memory(
     config: EngineConfig, pool: KVPool, device: Any
 ) -> tuple[HostPool | None, HostTier | None, PreemptionCost | None]:
     """Host blocks, who holds them, and the estimate of what moving them costs."""
-    block_bytes = sum(a.dtype.itemsize * math.prod(a.shape) // MIN_BLOCKS for a in (pool.k, pool.v))
+    block_bytes = tree_bytes(pool) // MIN_BLOCKS
     num_blocks = config.num_host_blocks
     if num_blocks is None:
         num_blocks = int(config.swap_space * 2**30) // block_bytes
     if not num_blocks:
         return None, None, None
-    logger.info("host pool: %d blocks, %.2f GiB", num_blocks, num_blocks * block_bytes / 2**30)
     threshold = min(256, config.max_num_batched_tokens)
     return (
         HostPool(num_blocks, pool, device=device),

@@ -17,6 +17,7 @@ from jaxpaged.core import EngineCore
 from jaxpaged.errors import EngineClosedError, InvalidRequestError, UnknownRequestError
 from jaxpaged.generation import Generation
 from jaxpaged.intake import Handling, Intake, Prompt, check_seconds
+from jaxpaged.memory import MemoryReport
 from jaxpaged.models import Decoder
 from jaxpaged.outputs import EngineStats, RequestOutput
 from jaxpaged.pallas_kernels import AttentionVariant
@@ -372,6 +373,10 @@ class Engine:
     def stats(self) -> EngineStats:
         """A snapshot of the engine's counters and times."""
         return self._live.stats()
+
+    def memory_report(self) -> MemoryReport:
+        """Where memory goes, and what the size of the pool follows from."""
+        return self._live.memory
 
     def block_tables(self) -> dict[str, list[list[int]]]:
         """Block ids of every live request, one list for each of its completions."""

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,47 @@ logger = logging.getLogger(__name__)
 # Of a CPU's free memory the pool takes at most this share: the machine has other work to do.
 CPU_SHARE = 0.25
 MIN_BLOCKS = 2  # the dummy and one more
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Where memory goes, in bytes.
+
+    Attributes:
+      weights: of the model.
+      step: what the largest step needs beside weights, pool and sampler, by XLA's account of its compiled program;
+        None where the pool was not sized by it: on a CPU, or with ``num_blocks`` given.
+      sampler: the sampler's state, a line of the vocabulary for each row.
+      pool: all KV blocks, the dummy included.
+      block: one of them.
+      num_blocks: how many.
+      host_pool: host memory for blocks that do not fit, at most.
+      limit: what the device lets us have; None if it does not tell.
+    """
+
+    weights: int
+    step: int | None
+    sampler: int
+    pool: int
+    block: int
+    num_blocks: int
+    host_pool: int
+    limit: int | None
+
+    def log(self) -> None:
+        """One line for the user."""
+        gib = 2.0**30
+        logger.info(
+            "memory: weights %.2f GiB, KV pool %.2f GiB (%d blocks), largest step %s, sampler %.2f GiB, of %s; "
+            "host pool %.2f GiB",
+            self.weights / gib,
+            self.pool / gib,
+            self.num_blocks,
+            "not measured" if self.step is None else f"{self.step / gib:.2f} GiB",
+            self.sampler / gib,
+            "an unknown limit" if self.limit is None else f"{self.limit / gib:.2f} GiB",
+            self.host_pool / gib,
+        )
 
 
 def bytes_per_block(model: ModelConfig, config: EngineConfig, layout: KVLayout) -> int:
@@ -65,7 +107,6 @@ def num_blocks_for(
             f"max_model_len={config.max_model_len} needs {longest + 1}; lower max_model_len, raise "
             f"gpu_memory_utilization={config.gpu_memory_utilization} or set num_blocks"
         )
-    logger.info("KV pool: %d blocks of %d tokens, %.2f GiB", blocks, config.block_size, blocks * size / 2**30)
     return int(blocks)
 
 
@@ -109,7 +150,7 @@ def step_bytes(
     config: EngineConfig,
     new_state: Callable[[int], DeviceState],
 ) -> int:
-    """What the largest step needs beside weights and pool, from XLA's account of its compiled program.
+    """What the largest step needs beside weights and state, from XLA's account of its compiled program.
 
     The program is compiled over a pool of ``MIN_BLOCKS`` blocks that is never allocated; temporaries do not depend
     on the size of the pool, which is updated in place.
@@ -125,4 +166,4 @@ def step_bytes(
     if found is None:
         raise MemoryError("XLA gives no account of its memory on this device; set num_blocks")
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes
-    return int(found.temp_size_in_bytes + max(0, outputs)) + tree_bytes(state.sampler)
+    return int(found.temp_size_in_bytes + max(0, outputs))

@@ -28,22 +28,19 @@ def gather(engine: "Engine") -> dict[str, Any]:
     """Facts about the machine and the engine, as JSON's own types."""
     import dataclasses
 
-    from jaxpaged.memory import bytes_per_block
-
-    model, config = engine.model_config, engine.config
-    num_blocks = engine.stats().num_blocks + 1  # the dummy block takes memory too
-    per_block = bytes_per_block(model, config)
+    model, config, memory = engine.model_config, engine.config, engine.memory_report()
     return environment() | {
         "model": dataclasses.asdict(model),
         "engine": dataclasses.asdict(config),
         "attention": attention_implementation(engine),
         "pool": {
-            "num_blocks": num_blocks,
-            "num_tokens": (num_blocks - 1) * config.block_size,
-            "bytes": num_blocks * per_block,
-            "bytes_per_block": per_block,
-            "bytes_per_token": per_block // config.block_size,
+            "num_blocks": memory.num_blocks,
+            "num_tokens": (memory.num_blocks - 1) * config.block_size,
+            "bytes": memory.pool,
+            "bytes_per_block": memory.block,
+            "bytes_per_token": memory.block // config.block_size,
         },
+        "memory": dataclasses.asdict(memory),
         "buckets": list(config.buckets),
     }
 
