@@ -182,10 +182,7 @@ class Demo:
 
     @property
     def _block_size(self) -> str:
-        from jaxpaged.memory import bytes_per_block
-
-        each = bytes_per_block(self._engine.model_config, self._engine.config)
-        return f"{size(each)} each"
+        return f"{size(self._engine.memory_report().block)} each"
 
     def _heading(self, text: str) -> None:
         self._console.print()

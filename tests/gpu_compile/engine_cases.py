@@ -1,5 +1,6 @@
 """Cases of whole steps: the program that the engine runs for a bucket, over a donated pool."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpaged.batch import PackedLayout
+from jaxpaged.kv_layout import KVLayout
 from jaxpaged.models import Decoder, ModelConfig, split_parameters
 from jaxpaged.pallas_kernels.paged_attention.api import IMPLEMENTATIONS
 from jaxpaged.program import DeviceState, Programs
@@ -34,23 +36,32 @@ MODEL = ModelConfig(
 )
 
 
-def step_program(attention: str, num_tokens: int, num_steps: int = 1) -> Program:
+def step_program(
+    attention: str,
+    num_tokens: int,
+    num_steps: int = 1,
+    windows: tuple[int | None, ...] = MODEL.sliding_windows,
+) -> Program:
     """One step of a bucket, or several decode steps in one program, with the engine's state donated.
 
     Args:
       attention: implementation of paged attention.
       num_tokens: of the bucket.
       num_steps: decode steps.
+      windows: sliding windows of the layers.
     """
     if attention not in IMPLEMENTATIONS:
         raise UnavailableError(f"paged_attention has no implementation {attention!r} yet")
     dtype = jnp.bfloat16
-    model = nnx.eval_shape(lambda: Decoder(MODEL, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
+    config = replace(MODEL, sliding_windows=windows)
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
     weights, merge = split_parameters(model)
-    programs = Programs(merge, None, attention, 20, "raw_logprobs")
+    groups = KVLayout.of(windows, MAX_LEN)
+    programs = Programs(merge, groups, None, attention, 20, "raw_logprobs")
     sampler = jax.eval_shape(lambda: init_sampler_state(MAX_NUM_SEQS + 1, MODEL.vocab_size))
-    state = DeviceState(pool_shape(block_size=BLOCK_SIZE), sampler)
-    layout = PackedLayout(num_tokens, min(num_tokens, MAX_NUM_SEQS), MAX_LEN // BLOCK_SIZE)
+    pool = pool_shape(block_size=BLOCK_SIZE, num_layers=groups.layers_per_block)
+    state = DeviceState(pool, sampler, int32(MAX_NUM_SEQS + 1))
+    layout = PackedLayout(num_tokens, min(num_tokens, MAX_NUM_SEQS), MAX_LEN // BLOCK_SIZE, groups.num_groups)
     function: Any = partial(programs.step, layout=layout)
     if num_steps > 1:
         function = partial(programs.decode_steps, layout=layout, num_steps=num_steps)
@@ -65,5 +76,8 @@ CASES = (
     CompileCase("step-xla-decode", partial(step_program, "xla", 64), ("h200",), XLA),
     CompileCase("step-mosaic-decode", partial(step_program, "mosaic_gpu", 64), ("h200", "a100"), MOSAIC),
     CompileCase("step-mosaic-mixed", partial(step_program, "mosaic_gpu", 512), ("h200",), MOSAIC),
+    CompileCase(
+        "step-mosaic-hybrid", partial(step_program, "mosaic_gpu", 64, windows=(None, 128)), ("h200",), MOSAIC
+    ),
     CompileCase("step-mosaic-scan", partial(step_program, "mosaic_gpu", 8, 4), ("h200",), MOSAIC),
 )

@@ -22,11 +22,12 @@ def pool_shape(
     head_dim: int = 128,
     dtype: str = "bfloat16",
     num_blocks: int = NUM_BLOCKS,
+    num_layers: int = NUM_LAYERS,
 ) -> KVPool:
     """An abstract pool, by default of 1 GiB for keys and as much for values."""
-    shape = (NUM_LAYERS * num_blocks, num_kv_heads, block_size, head_dim)
+    shape = (num_layers * num_blocks, num_kv_heads, block_size, head_dim)
     array: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    return KVPool(array, array, NUM_LAYERS)
+    return KVPool(array, array, num_layers)
 
 
 def int32(*shape: int) -> Any:
