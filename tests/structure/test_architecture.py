@@ -33,7 +33,7 @@ class Story:
         common = list(range(10, 18))
         a = self.request("A", [*common, 18, 19], 6)
         b = self.request("B", [*common, 28, 29, 30], 3)
-        first, second = (self.request("C", [40, 41, 42, 43, 44], 5, index) for index in (0, 1))
+        first, second = (self.request("C", [40, 41, 42, 43, 44, 45], 4, index) for index in (0, 1))
         first.forks = [second]
         for request in (a, b, first):
             self.scheduler.add(request)
