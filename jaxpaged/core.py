@@ -23,7 +23,7 @@ from jaxpaged.outputs import EngineStats, RequestOutput
 from jaxpaged.program import StepOutput
 from jaxpaged.request import Request, RequestStatus
 from jaxpaged.results import Results, StepTokens
-from jaxpaged.runner import Runner
+from jaxpaged.runner import BlocksLostError, Runner
 from jaxpaged.scheduler import Scheduler
 from jaxpaged.step_plan import ScheduledStep
 
@@ -146,17 +146,18 @@ class EngineCore:
         step = self.scheduler.schedule()
         scheduled = time.perf_counter()
         stats.schedule_time += scheduled - begun
-        if not step.rows:
-            if step.moves:
-                self.runner.move_blocks(step.moves)
-            return []
         try:
+            if not step.rows:
+                self.runner.move_blocks(step.moves)
+                return []
             self._rows.prepare(step)
             bucket, buffer = self.builder.build(step)
             built = time.perf_counter()
             if step.moves:
                 self.runner.move_blocks(step.moves)
             launched = self._execute(step, bucket, buffer)
+        except BlocksLostError as error:
+            return self._collect(0) + self._fail_loads(step, error)
         except Exception as error:
             # What is under way was there before, and is good.
             return self._collect(0) + self._fail(step, error)
@@ -242,6 +243,17 @@ class EngineCore:
             self.results.end_with_error(generation, error)
             outputs.append(self.results.close_if_done(generation))
         return [output for output in outputs if output is not None]
+
+    def _fail_loads(self, step: ScheduledStep, error: BlocksLostError) -> list[RequestOutput]:
+        """Who needs blocks that did not come from the host ends; the others of the step are computed anew."""
+        concerned = [
+            (request, count)
+            for request, count in step.rows
+            if any(not error.blocks.isdisjoint(table.ids) for table in request.tables)
+        ]
+        outputs = self._fail(replace(step, rows=concerned), error)
+        self._start_over()
+        return outputs
 
     def _recover_state(self) -> bool:
         """A new pool when a program that failed had already taken the old one; whether that was so."""

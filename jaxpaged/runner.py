@@ -31,6 +31,14 @@ MOVE_WIDTH = 16  # blocks of one launch
 MAX_STAGED = 8  # launches whose blocks wait on the device for the step that takes them
 
 
+class BlocksLostError(RuntimeError):
+    """Host blocks could not be brought back; ``blocks`` are those of the pool that they were to fill."""
+
+    def __init__(self, blocks: frozenset[int]) -> None:
+        super().__init__(f"{len(blocks)} blocks of KV memory did not come back from the host")
+        self.blocks = blocks
+
+
 class Runner:
     """Owns weights, device state and compiled programs.
 
@@ -149,7 +157,11 @@ class Runner:
         return tokens
 
     def move_blocks(self, moves: Sequence[Move]) -> None:
-        """Copies, swaps out and swaps in, in this order; before the step that they are for."""
+        """Copies, swaps out and swaps in, in this order; before the step that they are for.
+
+        Raises:
+          BlocksLostError: a load failed; this and what comes after it has not happened.
+        """
         for kind, group in itertools.groupby(moves, key=lambda move: move.kind):
             # Of two stores to one host block with nothing between them only the second counts.
             pairs = list({move.target: (move.source, move.target) for move in group}.values())
@@ -163,7 +175,10 @@ class Runner:
             else:
                 loads = [self._load(tuple(source for source, _ in part)) for part in parts]
                 for part, load in zip(parts, loads, strict=True):
-                    k, v = load.result()
+                    try:
+                        k, v = load.result()
+                    except Exception as error:
+                        raise BlocksLostError(frozenset(target for _, target in part)) from error
                     targets = _padded(part)[1]
                     self._state = self._small_program("scatter_blocks")(self.state, targets, k, v)
 
