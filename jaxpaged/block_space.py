@@ -297,8 +297,17 @@ class BlockSpace:
             table.ids[index] = target
             self.stats.copied += 1
             self.stats.allocated += 1
+        if request.may_share:
+            self._unpublish_first(request)
         self.append_blocks(request, num_tokens)
         return bool(shared)
+
+    def _unpublish_first(self, request: Request) -> None:
+        """A fork that is left alone with a full block of its parent's writes its own tokens into it."""
+        index = request.num_computed_tokens // self.block_size
+        for table in request.tables:
+            if index < len(table.ids):
+                self.cache.forget(table.ids[index])
 
     def append_blocks(self, request: Request, num_tokens: int) -> None:
         """Adds the blocks that ``num_tokens`` tokens still miss; the caller saw that they are free."""
