@@ -90,9 +90,9 @@ class Scheduler:
         self._num_arrivals += 1
         for each in (request, *request.forks):
             each.arrival_index = self._num_arrivals
+            self.deadlines.add(each)
         self._has_tenants = self._has_tenants or bool(request.tenant)
         self.waiting.push(request)
-        self.deadlines.add(request)
 
     def schedule(self) -> ScheduledStep:
         """Plans one step and takes the blocks it needs. Every call is followed by ``advance`` or ``fail``."""
@@ -238,7 +238,8 @@ class Scheduler:
         self.space.enter(request, entry)
         request.row = self._free_rows.pop()
         request.status = RequestStatus.RUNNING
-        request.queue_deadline = None
+        for each in (request, *request.forks):
+            each.queue_deadline = None
         self.running.append(request)
         self._num_host_bound += request.needs_tokens_on_host
         self._take(step, request, count)
