@@ -360,6 +360,7 @@ class BlockSpace:
 
     def swap_out(self, request: Request) -> bool:
         """Moves the blocks of a request to the host; False when that has no room for all of them."""
+        self.trim(request)  # what it brings back must leave room for a step
         count = sum(block != DUMMY_BLOCK for table in request.tables for block in table.ids)
         held = None if self.host is None else self.host.hold(count)
         if held is None:

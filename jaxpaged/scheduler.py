@@ -132,6 +132,8 @@ class Scheduler:
                 return
             if request.num_computed_tokens + 1 < known:
                 return
+            if self.space.has_windows:
+                self.space.trim(request)  # several steps at a time may never stop at the beginning of a block
             needed += self.space.blocks_to_grow(request, request.num_computed_tokens + num_steps)
         if needed > self.space.num_free:
             return

@@ -1,8 +1,10 @@
 """What requests hold of the KV memory, told in small stories; the machines have the invariants."""
 
 from jaxpaged.block_space import BlockSpace
+from jaxpaged.host_tier import HostTier
 from jaxpaged.request import Request
-from tests.core.pool_model import make_request
+from jaxpaged.step_plan import Move, MoveKind
+from tests.core.pool_model import make_request, make_scheduler
 
 
 def request_of(space: BlockSpace, tokens: list[int], name: str = "r") -> Request:
@@ -40,3 +42,30 @@ def test_a_fork_left_alone_with_a_published_block_of_its_parents_writes_to_it_un
     child.token_ids.append(8)
     compute(space, child, 4)
     assert space.plan_entry(request_of(space, [1, 2, 9, 8, 0])).num_computed_tokens == 4, "its own is found"
+
+
+def test_what_is_swapped_out_is_what_the_window_reaches() -> None:
+    """Were it more, a request might not fit again beside the step that it wants to make."""
+    space = BlockSpace(20, 2, windows=(3,), host=HostTier(10))
+    request = entered(space, list(range(12)))
+    compute(space, request, 11)
+    assert request.table.ids == [1, 2, 3, 4, 5, 6]
+    assert space.swap_out(request)
+    assert request.host_tables == [[-1, -1, -1, -1, 0, 1]], "positions 9 and 10, in two blocks"
+    assert space.take_moves() == [Move(MoveKind.SWAP_OUT, 5, 0), Move(MoveKind.SWAP_OUT, 6, 1)]
+    assert space.num_free == 19
+
+
+def test_several_steps_at_a_time_give_back_what_lies_behind_the_window() -> None:
+    """They pass every beginning of a block, where a step of one token looks."""
+    scheduler = make_scheduler(num_blocks=40, block_size=2, windows=(3,), num_scheduler_steps=2)
+    (request,) = make_request("r", [1, 2, 3], block_size=2, max_tokens=41)
+    scheduler.add(request)
+    scheduler.update(scheduler.schedule(), [7])
+    for _ in range(15):
+        step = scheduler.schedule()
+        assert (step.num_steps, request.num_computed_tokens % 2) == (2, 1)
+        assert sum(block > 0 for block in request.table) <= 4
+        scheduler.advance(step)
+        for _ in range(2):
+            scheduler.collect(step, [7])
