@@ -51,6 +51,28 @@ class EngineOptions:
     num_scheduler_steps: Annotated[
         int | None, _engine(help="Decode steps of one program while nothing else is to do; 1 is off.")
     ] = None
+    async_scheduling: Annotated[
+        bool | None,
+        _engine(
+            "--async-scheduling/--no-async-scheduling",
+            help="Plan a step while the one before runs. [dim]Default: yes, but for CPUs.[/]",
+        ),
+    ] = None
+    scheduling_policy: Annotated[
+        str | None,
+        _engine(
+            help="Who goes first: fcfs, priority, shortest-prompt-first, longest-prefix-match, or a class's dotted name."
+        ),
+    ] = None
+    swap_space: Annotated[
+        float | None, _engine(help="GiB of host memory for KV blocks that do not fit the pool.")
+    ] = None
+    preemption_mode: Annotated[
+        str | None, _engine(help="What happens to preempted requests: recompute, swap, or auto.")
+    ] = None
+    deterministic: Annotated[
+        bool, _engine("--deterministic", help="The same bits whatever else is in the batch.")
+    ] = False
     no_prefix_caching: Annotated[bool, _engine("--no-prefix-caching", help="Compute every prompt anew.")] = (
         False
     )
@@ -79,7 +101,8 @@ class EngineOptions:
         from jaxpaged.models import embedded_model_path
 
         given = {name: getattr(self, name) for name in _AS_THEY_ARE}
-        given |= {"warmup": self.warmup or None, "enable_prefix_caching": not self.no_prefix_caching}
+        given |= {"warmup": self.warmup or None, "deterministic": self.deterministic or None}
+        given |= {"enable_prefix_caching": not self.no_prefix_caching}
         arguments = changes | {name: value for name, value in given.items() if value is not None}
         folder = self.compilation_cache
         # Somebody who has configured JAX's own cache keeps it.
@@ -96,6 +119,10 @@ _AS_THEY_ARE = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "num_scheduler_steps",
+    "async_scheduling",
+    "scheduling_policy",
+    "swap_space",
+    "preemption_mode",
     "attention",
     "seed",
 )
