@@ -145,15 +145,17 @@ class Runner:
         return program
 
     def execute(self, bucket: int, buffer: np.ndarray) -> StepOutput:
-        """Runs one step; returns at once, the arrays arrive later."""
+        """Runs one step; returns at once, the arrays arrive later, the tokens by themselves."""
         program = self._program(bucket)
         output, self._state = program(self._weights, self.state, buffer, self._operands)
+        output.sampled.tokens.copy_to_host_async()
         return output
 
     def execute_decode_steps(self, bucket: int, buffer: np.ndarray, num_steps: int) -> jax.Array:
         """Runs several steps of decode rows in one program; returns tokens int32 ``[num_steps, B]``."""
         program = self._program(bucket, num_steps)
         tokens, self._state = program(self._weights, self.state, buffer, self._operands)
+        tokens.copy_to_host_async()
         return tokens
 
     def move_blocks(self, moves: Sequence[Move]) -> None:

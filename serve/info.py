@@ -106,5 +106,8 @@ def _print(facts: dict[str, Any]) -> None:
         ("step", f"up to {config['max_num_seqs']} sequences, {config['max_num_batched_tokens']:,} tokens"),
         ("buckets", f"{len(facts['buckets'])}: {listed(facts['buckets'], 24)} tokens"),
         ("prefix cache", "on" if config["enable_prefix_caching"] else "off"),
+        ("host pool", size(facts["memory"]["host_pool"]) if facts["memory"]["host_pool"] else "none"),
+        ("policy", str(config["scheduling_policy"])),
+        ("steps", "one ahead of the device" if config["async_scheduling"] else "one at a time"),
     ]
     console.print(facts_table("Engine", engine))

@@ -61,7 +61,7 @@ class EngineOptions:
     scheduling_policy: Annotated[
         str | None,
         _engine(
-            help="Who goes first: fcfs, priority, shortest-prompt-first, longest-prefix-match, or a class's dotted name."
+            help="Who goes first: fcfs, priority, shortest-prompt-first, longest-prefix-match, or a dotted name."
         ),
     ] = None
     swap_space: Annotated[
