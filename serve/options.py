@@ -52,11 +52,8 @@ class EngineOptions:
         int | None, _engine(help="Decode steps of one program while nothing else is to do; 1 is off.")
     ] = None
     async_scheduling: Annotated[
-        bool | None,
-        _engine(
-            "--async-scheduling/--no-async-scheduling",
-            help="Plan a step while the one before runs. [dim]Default: yes, but for CPUs.[/]",
-        ),
+        str | None,
+        _engine(help="on or off: plan a step while the one before runs. [dim]Default: on, but for CPUs.[/]"),
     ] = None
     scheduling_policy: Annotated[
         str | None,
@@ -103,6 +100,7 @@ class EngineOptions:
         given = {name: getattr(self, name) for name in _AS_THEY_ARE}
         given |= {"warmup": self.warmup or None, "deterministic": self.deterministic or None}
         given |= {"enable_prefix_caching": not self.no_prefix_caching}
+        given["async_scheduling"] = _switch("--async-scheduling", self.async_scheduling)
         arguments = changes | {name: value for name, value in given.items() if value is not None}
         folder = self.compilation_cache
         # Somebody who has configured JAX's own cache keeps it.
@@ -119,13 +117,18 @@ _AS_THEY_ARE = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "num_scheduler_steps",
-    "async_scheduling",
     "scheduling_policy",
     "swap_space",
     "preemption_mode",
     "attention",
     "seed",
 )
+
+
+def _switch(option: str, value: str | None) -> bool | None:
+    if value not in (None, "on", "off"):
+        raise ValueError(f"{option}={value!r}: must be on or off")
+    return None if value is None else value == "on"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
