@@ -5,9 +5,12 @@ on many engines of ``tiny.SIZES`` for the price of one.
 """
 
 import contextlib
+import time
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
+
+import pytest
 
 from jaxpaged import Engine
 from jaxpaged.core import EngineCore
@@ -75,3 +78,12 @@ def core_of(engine: Engine) -> EngineCore:
     """The loop of a live engine."""
     assert engine._core is not None, "closed"
     return engine._core
+
+
+class Clock:
+    """``time.monotonic``, which the test may put forward by ``ahead`` seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ahead = 0.0
+        now = time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: now() + self.ahead)

@@ -1,15 +1,13 @@
 """Branching live requests, and prefixes that are kept: shared memory under the user's control."""
 
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from jaxpaged import Engine, SamplingParams
 from jaxpaged.errors import InvalidRequestError, PromptTooLongError, UnknownRequestError
-from tests.engine.family import FULL, PARAMS, PROMPTS, core_of, sibling, unburdened
+from tests.engine.family import FULL, PARAMS, PROMPTS, Clock, core_of, sibling, unburdened
 from tests.engine.test_bad_input import Call, check_refused
 from tests.engine.test_failures import break_step, fail_and_lose_the_state
 from tests.engine.tiny import (
@@ -329,18 +327,9 @@ def test_mistakes_change_nothing(engine: Engine) -> None:
 # Pins.
 
 
-@dataclass
-class Clock:
-    """What ``time.monotonic`` is ahead of the real one."""
-
-    ahead: float = 0.0
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock, now = Clock(), time.monotonic
-    monkeypatch.setattr(time, "monotonic", lambda: now() + clock.ahead)
-    return clock
+    return Clock(monkeypatch)
 
 
 SYSTEM = prompt_of(30)  # seven full blocks
