@@ -1,5 +1,6 @@
 """Blocks that go to the host and come back: of preempted requests and of evicted prefixes."""
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -9,16 +10,19 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpaged import Engine, RequestOutput
+from jaxpaged import Engine, RequestOutput, SamplingParams
 from jaxpaged.block_space import BlockStats
+from jaxpaged.config import EngineConfig
 from tests.engine.family import FULL, LENGTHS, PARAMS, PROMPTS, core_of, sibling, unburdened
 from tests.engine.test_variants import SIZES as TWO_ROWS
+from tests.engine.test_workloads import scaled
 from tests.engine.tiny import (
     CONFIG,
     GREEDY,
     dense_greedy,
     dense_logprobs,
     drain,
+    is_dense_greedy,
     prompt_of,
     tiny_decoder,
     tokens_of,
@@ -190,6 +194,53 @@ def test_low_precision_blocks_come_back_unchanged() -> None:
     for row, each in zip(reference, found[1][1].outputs[0].logprobs or [], strict=True):
         ((token, candidate),) = list(each.items())[:1]
         assert candidate.logprob == pytest.approx(row[token], abs=0.3)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_a_quarter_of_the_memory_gives_the_same_tokens(
+    full_pool: tuple[int, list[list[int]]], monkeypatch: pytest.MonkeyPatch, mode: str, ahead: bool
+) -> None:
+    peak, wanted = full_pool
+    switches = {"preemption_mode": mode, "async_scheduling": ahead, "num_host_blocks": 200, **FULL}
+    with one_program(monkeypatch), sibling(num_blocks=peak // 4 + 1, **MIX, **switches) as engine:
+        assert tokens_of(engine.generate(*mixed_requests())) == wanted
+        assert ways(engine)[mode] > 10
+        assert moved(engine).swapped_in > 0 or mode == "recompute"
+
+
+MIX: dict[str, Any] = {"max_num_seqs": 32, "max_num_batched_tokens": 32, "num_scheduler_steps": 1}
+
+
+def mixed_requests() -> tuple[list[list[int]], list[SamplingParams]]:
+    """W1 at an eighth of its lengths: 64 requests of up to 90 tokens."""
+    requests = scaled("W1")
+    return [prompt for prompt, _ in requests], [GREEDY.clone(max_tokens=out) for _, out in requests]
+
+
+@contextlib.contextmanager
+def one_program(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineConfig, "buckets", property(lambda self: (self.max_num_batched_tokens,)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def full_pool() -> tuple[int, list[list[int]]]:
+    """Blocks that the mix uses where there are enough, and its tokens."""
+    with pytest.MonkeyPatch.context() as patch, one_program(patch), sibling(num_blocks=400, **MIX) as engine:
+        for i, (prompt, params) in enumerate(zip(*mixed_requests(), strict=True)):
+            engine.add_request(str(i), prompt, params)
+        last: dict[str, RequestOutput] = {}
+        peak = 0
+        while engine.has_unfinished_requests:
+            last |= {output.request_id: output for output in engine.step()}
+            peak = max(peak, engine.stats().num_blocks - engine.stats().num_free_blocks)
+        assert engine.stats().num_preemptions == 0
+    outputs = [last[str(i)] for i in range(len(last))]
+    for output in outputs[::8]:
+        assert is_dense_greedy(output.prompt_token_ids, output.outputs[0].token_ids)
+    return peak, tokens_of(outputs)
 
 
 # Copies that fail.
