@@ -1,20 +1,24 @@
-"""A pool that holds meanings in place of numbers, to check what a scheduler does with real memory.
+"""Memory that holds meanings in place of numbers, to check what a scheduler does with real memory.
 
-What the device does to a slot is simulated: copies of a step first, then its writes, then its reads. The
-"content" of a slot is the token prefix whose key and value it holds. Any mistake in sharing, copying on write,
-evicting or publishing shows as a request whose table holds another prefix than its own.
+What the device does to a slot is simulated when a step is handed to it: the moves in plan order, then the writes, then
+the reads. Host blocks are simulated likewise. The content of a slot is the token prefix whose key and value it holds,
+for one group of layers. Any mistake in sharing, copying on write, evicting, swapping or publishing shows as a request
+whose table holds another prefix than its own, or as a cached block that holds another one than its key says.
 """
 
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any
 
 from jaxpaged.block_space import BlockSpace
+from jaxpaged.host_tier import HostTier
+from jaxpaged.prefix_cache import block_hashes, group_key
 from jaxpaged.request import Request
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.scheduler import ScheduledStep, Scheduler
+from jaxpaged.step_plan import Move, MoveKind
 
-Content = tuple[str | None, tuple[int, ...]]
+Content = tuple[int, str | None, tuple[int, ...]]  # group, salt, prefix
 
 
 def make_request(
@@ -27,6 +31,7 @@ def make_request(
     salt: str | None = None,
     eos: frozenset[int] = frozenset(),
     params: SamplingParams | None = None,
+    **fields: Any,
 ) -> list[Request]:
     """The ``n`` completions of one prompt, chained the way the engine's intake chains them."""
     requests = [
@@ -39,6 +44,7 @@ def make_request(
             eos_token_ids=eos,
             index=index,
             cache_salt=salt,
+            **fields,
         )
         for index in range(n)
     ]
@@ -54,133 +60,168 @@ def make_scheduler(
     budget: int = 16,
     watermark: float = 0.0,
     caching: bool = True,
+    windows: tuple[int | None, ...] = (None,),
+    num_host_blocks: int | None = None,
+    **options: Any,
 ) -> Scheduler:
-    """A scheduler over a pool of its own."""
-    space = BlockSpace(num_blocks, block_size, caching)
+    """A scheduler over a pool of its own; ``options`` are those of ``Scheduler``."""
+    host = None if num_host_blocks is None else HostTier(num_host_blocks)
+    space = BlockSpace(num_blocks, block_size, caching, windows, host)
     return Scheduler(
         space,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(budget, max_num_seqs),
         watermark=watermark,
+        **options,
     )
 
 
-def content_of(request: Request, position: int) -> Content:
-    """What the slot of a position must hold: the prefix decides key and value, the salt who may see them."""
-    return request.cache_salt, tuple(request.token_ids[: position + 1])
+@lru_cache(100_000)
+def key_of(content: Content, block_size: int) -> bytes:
+    """The cache key of a full block whose last slot holds this."""
+    group, salt, prefix = content
+    return group_key(block_hashes(prefix, block_size, salt=salt)[-1], group)
 
 
-@dataclass
 class PoolModel:
-    """Simulated device memory of one scheduler; its methods assert."""
+    """Simulated memory of one scheduler, device and host; its methods assert.
 
-    scheduler: Scheduler
-    slots: dict[int, Content] = field(default_factory=dict)
-    # By id(request): the positions that were computed since it last lost its blocks.
-    computed: dict[int, set[int]] = field(default_factory=dict)
+    The device also knows tokens before the host does: ``pending`` are those that it has sampled and nobody has
+    collected.
+    """
 
-    def __post_init__(self) -> None:
-        self._tables: dict[int, set[int]] = {}
-        self._waiting_with_blocks: dict[int, int] = {}
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.space = scheduler.space
+        self.scheduler = scheduler
+        self.slots: dict[int, Content] = {}
+        self.host: dict[int, list[Content | None]] = {}
+        self.pending: dict[Request, list[int]] = {}
 
-    def before(self) -> None:
-        """To be called before ``schedule``: who holds what now."""
-        requests = list(self.scheduler.requests())
-        self._tables = {id(r): set(r.table.ids) for r in requests}
-        self._waiting_with_blocks = {
-            id(r): r.num_prompt_tokens for r in requests if r.table.ids and not r.row
-        }
+    def tokens(self, request: Request) -> list[int]:
+        """All tokens of a request, as the device knows them."""
+        return request.token_ids + self.pending.get(request, [])
 
-    def check_plan(self, step: ScheduledStep) -> None:
-        """What a step promises before it runs: sizes, places, no work done twice."""
-        scheduler, size = self.scheduler, self.scheduler.space.block_size
-        assert len(step.rows) <= scheduler.max_num_seqs
-        assert step.num_tokens == sum(count for _, count in step.rows) <= scheduler.max_num_batched_tokens
-        assert len({id(r) for r, _ in step.rows}) == len(step.rows), "a request is in a step twice"
-        assert len({r.row for r, _ in step.rows} - {0}) == len(step.rows), "two requests in one row"
-        for request in step.preempted:
-            assert request.row == 0
-            assert not request.table.ids, "a preempted request keeps blocks"
-            self.computed.pop(id(request), None)
-        for request, count in step.rows:
-            assert 1 <= count <= request.num_tokens - request.num_computed_tokens
-            assert request.table.capacity >= request.num_computed_tokens + count
-            assert all(0 < block < scheduler.space.num_blocks for block in request.table)
-            assert len(request.table) == -(-(request.num_computed_tokens + count) // size), "too many blocks"
-            self._check_first_position(request)
-        self._check_writers(step)
-        holders = Counter(block for request in scheduler.requests() for block in request.table)
-        scheduler.space.allocator.check_invariants(dict(holders))
+    # What the device does.
 
-    def _check_first_position(self, request: Request) -> None:
-        first = request.num_computed_tokens
-        mine = self.computed.get(id(request))
-        if mine:
-            assert first == max(mine) + 1, "a token is skipped or computed twice"
-            return
-        # A fork that waits with its parent's blocks begins at its last prompt token, unless it lost them again.
-        begins_as_fork = first == self._waiting_with_blocks.get(id(request), 0) - 1
-        assert begins_as_fork or first % self.scheduler.space.block_size == 0, "half a block is cached"
+    def run(self, step: ScheduledStep, sample: Callable[[], int]) -> list[list[int]]:
+        """Executes a step that is not counted as computed yet; tokens of each of its decode steps, a row each.
 
-    def _check_writers(self, step: ScheduledStep) -> None:
-        """Nobody who held a block before this step, and still does, has it written by somebody else."""
-        size = self.scheduler.space.block_size
-        written: Counter[int] = Counter()
-        for request, count in step.rows:
-            first = request.num_computed_tokens
-            blocks = set(request.table.ids[first // size : (first + count - 1) // size + 1])
-            written.update(request.table.slot(p) for p in range(first, first + count))
-            for other in self.scheduler.requests():
-                if other is not request:
-                    kept = set(other.table.ids) & self._tables.get(id(other), set())
-                    assert not kept & blocks, f"{request} writes to a block of {other}"
-        assert all(times == 1 for times in written.values()), "two tokens in one slot"
-        targets = [target for _, target in step.copies]
-        assert len(set(targets)) == len(targets), "two copies to one block"
-        seen: set[int] = set()
-        for source, target in step.copies:
-            assert source not in seen, "copies depend on the order in which they run"
-            assert 0 not in (source, target)
-            seen.add(target)
+        A row that has not caught up gets -1.
+        """
+        self.move(step.moves)
+        columns = []
+        for ahead in range(step.num_steps):
+            spans = [(r, r.num_computed_tokens + ahead, count) for r, count in step.rows]
+            known = {request: self.tokens(request) for request, _, _ in spans}
+            for request, first, count in spans:
+                self._write(request, known[request], first, first + count)
+            for request, first, count in spans:
+                self._read(request, known[request], first, first + count)
+            column = []
+            for request, first, count in spans:
+                caught_up = first + count == len(known[request])
+                column.append(sample() if caught_up else -1)
+                if caught_up:
+                    self.pending.setdefault(request, []).append(column[-1])
+            columns.append(column)
+        return columns
 
-    def run(self, step: ScheduledStep) -> None:
-        """Executes a step: copies, then writes; afterwards every computed token must be readable."""
-        size = self.scheduler.space.block_size
-        moved = {
-            target * size + i: self.slots.get(source * size + i)
-            for source, target in step.copies
-            for i in range(size)
-        }
-        for slot, content in moved.items():
-            self.slots.pop(slot, None)
-            if content is not None:
-                self.slots[slot] = content
-        for request, count in step.rows:
-            for position in range(request.num_computed_tokens, request.num_computed_tokens + count):
-                self.slots[request.table.slot(position)] = content_of(request, position)
-                self.computed.setdefault(id(request), set()).add(position)
-        running = {id(request): count for request, count in step.rows}
-        for request in self.scheduler.requests():
-            self._check_readable(request, request.num_computed_tokens + running.get(id(request), 0))
+    def move(self, moves: Iterable[Move]) -> None:
+        """One block after the other, as planned."""
+        for kind, source, target in moves:
+            block = self.host.get(source) if kind is MoveKind.SWAP_IN else self._block(source)
+            assert block is not None, f"host block {source} is loaded and was never stored"
+            if kind is MoveKind.SWAP_OUT:
+                self.host[target] = block
+                continue
+            for offset, content in enumerate(block):
+                slot = target * self.space.block_size + offset
+                self.slots.pop(slot, None)
+                if content is not None:
+                    self.slots[slot] = content
 
-    def check(self) -> None:
-        """All that any unfinished request counts as computed is there; cached blocks are full of one prefix."""
-        for request in self.scheduler.requests():
-            self._check_readable(request, request.num_computed_tokens)
+    def _block(self, block: int) -> list[Content | None]:
+        size = self.space.block_size
+        return [self.slots.get(slot) for slot in range(block * size, (block + 1) * size)]
 
-    def _check_readable(self, request: Request, num_tokens: int) -> None:
-        for position in range(num_tokens):
-            found, wanted = self.slots.get(request.table.slot(position)), content_of(request, position)
+    def _write(self, request: Request, tokens: list[int], first: int, end: int) -> None:
+        assert end <= len(tokens), "computes a token that does not exist yet"
+        for position in range(first, end):
+            prefix = tuple(tokens[: position + 1])
+            for group, table in enumerate(request.tables):
+                assert table.ids[position // self.space.block_size] != 0, "writes to a hole"
+                self.slots[table.slot(position)] = (group, request.cache_salt, prefix)
+
+    def _read(self, request: Request, tokens: list[int], first: int, end: int) -> None:
+        """Every token of the step reads what its window reaches, once all are written."""
+        for group, window in enumerate(self.space.windows):
+            begin = 0 if window is None else max(0, first - window + 1)
+            self._check_slots(request, tokens, group, range(begin, end))
+
+    def _check_slots(self, request: Request, tokens: list[int], group: int, positions: range) -> None:
+        salt, table = request.cache_salt, request.tables[group]
+        for position in positions:
+            found = self.slots.get(table.slot(position))
+            wanted = (group, salt, tuple(tokens[: position + 1]))
             assert found == wanted, f"{request}: position {position} holds {found}, not {wanted}"
 
+    # What must hold whenever nothing is half done.
+
+    def check(self) -> None:
+        """What live requests will read is there; what can be found is what its key says."""
+        for request in self.scheduler.requests():
+            assert request.num_pending == len(self.pending.get(request, [])), "tokens on the way miscounted"
+            tokens, end = self.tokens(request), request.num_computed_tokens
+            for group, window in enumerate(self.space.windows):
+                begin = 0 if window is None else max(0, end - window + 1)
+                if request.host_tables is None:
+                    self._check_slots(request, tokens, group, range(begin, end))
+                else:
+                    self._check_host_slots(request, request.host_tables[group], group, range(begin, end))
+        self._check_cached()
+
+    def _check_host_slots(self, request: Request, blocks: list[int], group: int, positions: range) -> None:
+        tokens, size = self.tokens(request), self.space.block_size
+        for position in positions:
+            found = self.host[blocks[position // size]][position % size]
+            wanted = (group, request.cache_salt, tuple(tokens[: position + 1]))
+            assert found == wanted, f"{request}: swapped out, position {position} holds {found}, not {wanted}"
+
+    def _check_cached(self) -> None:
+        cache, tier = self.space.cache, self.space.host
+        for block in range(1, self.space.num_blocks):
+            key = cache.key_of(block)
+            if key is not None:
+                self._check_full(self._block(block), key, f"block {block}")
+        for key, block in [] if tier is None else tier._cached.items():
+            self._check_full(self.host[block], key, f"host block {block}")
+
+    def _check_full(self, block: list[Content | None], key: bytes, name: str) -> None:
+        last, size = block[-1], self.space.block_size
+        assert last is not None, f"{name} is cached and was never filled"
+        group, salt, prefix = last
+        assert len(prefix) % size == 0, f"{name} is cached and holds another position's token"
+        assert key_of(last, size) == key, f"{name} holds {last}, not what its key says"
+        begins = [(group, salt, prefix[: len(prefix) - size + 1 + offset]) for offset in range(size)]
+        assert block == begins, f"{name} is cached and holds {block}"
+
+    # What happens to requests.
+
+    def collected(self, request: Request) -> None:
+        """The host has learnt the request's next token."""
+        token = self.pending[request].pop(0)
+        assert token == request.token_ids[-1], "another token than the device sampled"
+
     def lose(self) -> None:
-        """The device lost everything."""
+        """The device lost everything, and so did the copies on their way to the host."""
         self.slots.clear()
-        self.computed.clear()
+        self.host.clear()
+        self.pending.clear()
 
     def forget(self, requests: Iterable[Request]) -> None:
         """These have finished."""
         for request in requests:
             assert request.status.is_finished
-            assert not request.table.ids, "a finished request keeps blocks"
-            self.computed.pop(id(request), None)
+            assert not any(table.ids for table in request.tables), "a finished request keeps blocks"
+            assert request.host_tables is None, "a finished request keeps host blocks"
+            self.pending.pop(request, None)
