@@ -397,6 +397,7 @@ class BlockSpace:
 
     def check_invariants(self, requests: list[Request]) -> None:
         """Asserts the invariants over every request that may hold blocks."""
+        self.pins.check_invariants()
         holders = self.pins.holders()
         on_host: list[int] = []
         for request in requests:

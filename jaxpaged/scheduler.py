@@ -323,6 +323,8 @@ class Scheduler:
     def fork(self, parent: Request, child: Request) -> None:
         """Queues ``child``, whose tokens begin with some of the parent's; it shares what of them is computed."""
         shared = min(parent.num_computed_tokens, child.num_tokens - 1, _common_length(parent, child))
+        if child.needs_all_logits:
+            shared = 0  # the prompt's log-probabilities come from computing it
         if shared > 0 and parent.holds_blocks and self.space.fork(parent, child, shared):
             child.num_cached_tokens = shared
         self.add(child)
@@ -369,6 +371,8 @@ class Scheduler:
         for request in self.requests():
             request.num_pending = 0
             self.space.release(request)
+            if request.status is RequestStatus.SWAPPED:
+                request.status = RequestStatus.PREEMPTED
         self.space.forget_everything()
 
     def _give_back_row(self, request: Request) -> None:
@@ -392,8 +396,12 @@ class Scheduler:
         for request in everything:
             assert not request.status.is_finished, "a finished request is still queued"
             assert (request.row > 0) == (request.status is RequestStatus.RUNNING), "row of a waiting request"
+            is_swapped = request.status is RequestStatus.SWAPPED
+            assert is_swapped == (request.host_tables is not None), "status does not say where its blocks are"
             known = request.num_tokens + request.num_pending
             assert request.num_computed_tokens <= known, "computed more than there is"
+        num_host_bound = sum(request.needs_tokens_on_host for request in self.running)
+        assert self._num_host_bound == num_host_bound, "requests that need their tokens miscounted"
         self.waiting.check_invariants()
         self.space.check_invariants(everything)
 

@@ -5,9 +5,11 @@ import time
 
 import pytest
 
+from jaxpaged.preemption import Preemption
 from jaxpaged.request import Request, RequestStatus
+from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.scheduler import ScheduledStep, Scheduler
-from tests.core.pool_model import PoolModel, make_request, make_scheduler
+from tests.core.pool_model import make_request, make_scheduler
 
 
 def add(
@@ -73,10 +75,8 @@ def test_equal_prompts_of_one_step_share_their_blocks() -> None:
 
 def test_forks_compute_only_the_last_token_of_their_prompt() -> None:
     scheduler = make_scheduler(num_blocks=40, block_size=4, budget=64)
-    pool = PoolModel(scheduler)
     requests = add(scheduler, "a", 10, n=3)
     assert planned(run(scheduler)) == [("a", 0, 10)]
-    pool.before()
     step = scheduler.schedule()
     assert planned(step) == [("a", 0, 1), ("a", 1, 1), ("a", 2, 1)]
     assert len(step.copies) == 2, "the last of three holders writes in place"
@@ -93,7 +93,7 @@ def test_the_last_arrival_gives_way_and_finds_its_blocks_again(caplog: pytest.Lo
     (second,) = add(scheduler, "b", 11, max_tokens=3)
     run(scheduler)
     run(scheduler)
-    with caplog.at_level(logging.WARNING, "jaxpaged.scheduler"):
+    with caplog.at_level(logging.WARNING, "jaxpaged"):
         step = run(scheduler)
     assert step.preempted == [second]
     assert second.status is RequestStatus.PREEMPTED
@@ -139,6 +139,32 @@ def test_a_failed_step_publishes_nothing() -> None:
     (second,) = add(scheduler, "b", prompt)
     assert planned(run(scheduler)) == [("b", 0, 12)]
     assert second.num_cached_tokens == 0
+
+
+def test_a_fork_that_wants_its_prompts_log_probabilities_computes_all_of_it() -> None:
+    scheduler = make_scheduler(num_blocks=40, block_size=4, budget=64)
+    (parent,) = add(scheduler, "a", 10)
+    run(scheduler)
+    for wants in (False, True):
+        params = SamplingParams(prompt_logprobs=0 if wants else None)
+        (child,) = make_request(str(wants), parent.token_ids, block_size=4, params=params)
+        scheduler.fork(parent, child)
+        assert child.num_computed_tokens == (0 if wants else 10)
+    assert planned(run(scheduler)) == [("a", 0, 1), ("False", 0, 1), ("True", 0, 11)]
+
+
+def test_after_a_restart_nobody_counts_as_swapped_out() -> None:
+    scheduler = make_scheduler(num_blocks=7, block_size=4, budget=64, num_host_blocks=10)
+    scheduler.preemption = Preemption(scheduler.space, "swap")
+    add(scheduler, "a", 11, max_tokens=8)
+    (second,) = add(scheduler, "b", 11, max_tokens=3)
+    for _ in range(3):
+        run(scheduler)
+    assert second.status is RequestStatus.SWAPPED
+    scheduler.restart()
+    scheduler.check_invariants()
+    assert second.status is RequestStatus.PREEMPTED
+    assert planned(run(scheduler)) == [("a", 0, 14)]
 
 
 def test_a_step_of_many_rows_is_planned_quickly() -> None:
