@@ -21,7 +21,7 @@ class PinnedPrefixes:
         self._allocator = allocator
         self._cache = cache
         self._expires: dict[str, float | None] = {}
-        self._keys: dict[str, frozenset[bytes]] = {}
+        self._keys: dict[str, tuple[bytes, ...]] = {}  # in the order in which they were given
         self._blocks: dict[str, dict[int, bytes]] = {}
         self.wanted: dict[bytes, set[str]] = {}  # key to the pins that name it
 
@@ -49,10 +49,11 @@ class PinnedPrefixes:
     def add(self, pin: str, keys: Iterable[bytes], expires: float | None) -> int:
         """Pins blocks until ``expires`` (seconds of ``time.monotonic``; None for good); again: from now on anew.
 
+        ``keys`` come first to last: blocks are let go of the other way, since a prefix is found from its beginning.
         Returns how many of them are in the pool already.
         """
         self.remove(pin)
-        self._expires[pin], self._keys[pin], self._blocks[pin] = expires, frozenset(keys), {}
+        self._expires[pin], self._keys[pin], self._blocks[pin] = expires, tuple(dict.fromkeys(keys)), {}
         for key in self._keys[pin]:
             self.wanted.setdefault(key, set()).add(pin)
             block = self._cache.get(key)
@@ -79,7 +80,8 @@ class PinnedPrefixes:
         """Ends a pin; False when there was none of this name."""
         if pin not in self._keys:
             return False
-        self._allocator.release(self._blocks.pop(pin))
+        self._release(pin)
+        del self._blocks[pin]
         for key in self._keys.pop(pin):
             self.wanted[key].discard(pin)
             if not self.wanted[key]:
@@ -110,9 +112,13 @@ class PinnedPrefixes:
 
     def release_blocks(self) -> None:
         """Lets go of all blocks; the pins stay and take hold again of what is computed anew."""
-        for blocks in self._blocks.values():
-            self._allocator.release(blocks)
-            blocks.clear()
+        for pin in self._blocks:
+            self._release(pin)
+
+    def _release(self, pin: str) -> None:
+        block_of = {key: block for block, key in self._blocks[pin].items()}
+        self._allocator.release(block_of[key] for key in reversed(self._keys[pin]) if key in block_of)
+        self._blocks[pin].clear()
 
     def holders(self) -> dict[int, int]:
         """Block to the number of pins that hold it."""
