@@ -33,6 +33,8 @@ class EngineConfig:
       num_scheduler_steps: decode steps that run in one program while a few rows do nothing else; their tokens
         come together. 1 turns it off.
       watermark: share of the blocks that a new request must leave free.
+      deterministic: a request's tokens and log-probabilities are bitwise the same whatever else is in the batch, and
+        however it is chunked, preempted or found in the prefix cache. Slower: rows go in tiles of one size.
     """
 
     dtype: str
@@ -50,6 +52,7 @@ class EngineConfig:
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
     num_scheduler_steps: int = 1
     watermark: float = 0.01
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -75,7 +78,7 @@ class EngineConfig:
         _check_share("watermark", self.watermark, zero=True)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise InvalidRequestError("seed", self.seed, "must be an integer")
-        for name in ("enable_prefix_caching", "warmup"):
+        for name in ("enable_prefix_caching", "warmup", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(name, getattr(self, name), "must be True or False")
         if self.logprobs_mode not in ("raw_logprobs", "processed_logprobs"):
