@@ -71,6 +71,18 @@ class Programs:
     row_tile: int | None = None
     skip_padding: bool = False
 
+    @property
+    def compiler_options(self) -> dict[str, str | bool]:
+        """What XLA has to be told when it compiles these programs."""
+        if self.row_tile is None or self.skip_padding:
+            return {}
+        # XLA knows how many tiles there are, and would put a single one in the place of its loop. Its products would
+        # then be fused with other things than in a step of two tiles, and could get another kernel.
+        return {
+            "xla_disable_hlo_passes": "simplify-while-loops",
+            "xla_gpu_cublas_fallback": False,
+        }
+
     def step(
         self,
         weights: Parameters,

@@ -91,19 +91,6 @@ def set_bias_row(state: SamplerState, row: Array, logit_bias: Array) -> SamplerS
     return state._replace(logit_bias=lax.dynamic_update_index_in_dim(state.logit_bias, logit_bias, row, 0))
 
 
-def sample(
-    logits: Array,
-    state: SamplerState,
-    batch: SamplingBatch,
-    *,
-    max_logprobs: int,
-    logprobs_mode: LogprobsMode = "raw_logprobs",
-) -> tuple[SampleOutput, SamplerState]:
-    """One token for each row, and the state with those tokens counted; arguments as of ``choose``."""
-    output = choose(logits, state, batch, max_logprobs=max_logprobs, logprobs_mode=logprobs_mode)
-    return output, count_tokens(state, batch.rows, output.tokens)
-
-
 def choose(
     logits: Array,
     state: SamplerState,

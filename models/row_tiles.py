@@ -37,8 +37,8 @@ class RowTiles:
     Attributes:
       size: rows of a tile.
       num_rows: int32 []; rows after it are padding, and tiles of nothing else are left out: their results are zero.
-        None computes all. The number of tiles is then known when compiling: on a GPU the loop needs no word from the
-        host, and that of a single tile is none at all.
+        None computes all. The number of tiles is then known when compiling, and a GPU runs the loop without waiting
+        for the host, but XLA must be told to keep a loop that runs once.
     """
 
     size: int
@@ -50,7 +50,7 @@ class RowTiles:
         tiles = jax.tree.map(self._cut, arrays)
 
         def one(tile: tuple[Any, ...]) -> Any:
-            # Nothing is fused across the edge of a tile, where its surroundings differ with the number of tiles.
+            # What cuts the tile out and puts it back differs with the number of tiles: nothing is fused with it.
             return lax.optimization_barrier(function(*lax.optimization_barrier(tile)))
 
         done = lax.map(one, tiles) if self.num_rows is None else self._map_real(one, tiles, self.num_rows)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxpaged.assembly import GPU_ROW_TILE
 from jaxpaged.batch import PackedLayout
 from jaxpaged.models import Decoder, ModelConfig, split_parameters
 from jaxpaged.pallas_kernels.paged_attention.api import IMPLEMENTATIONS
@@ -34,27 +35,32 @@ MODEL = ModelConfig(
 )
 
 
-def step_program(attention: str, num_tokens: int, num_steps: int = 1) -> Program:
+def step_program(
+    attention: str, num_tokens: int, num_steps: int = 1, *, deterministic: bool = False
+) -> Program:
     """One step of a bucket, or several decode steps in one program, with the engine's state donated.
 
     Args:
       attention: implementation of paged attention.
       num_tokens: of the bucket.
       num_steps: decode steps.
+      deterministic: as of the engine.
     """
     if attention not in IMPLEMENTATIONS:
         raise UnavailableError(f"paged_attention has no implementation {attention!r} yet")
     dtype = jnp.bfloat16
     model = nnx.eval_shape(lambda: Decoder(MODEL, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
     weights, merge = split_parameters(model)
-    programs = Programs(merge, None, attention, 20, "raw_logprobs")
+    row_tile = GPU_ROW_TILE if deterministic else None
+    programs = Programs(merge, None, attention, 20, "raw_logprobs", row_tile)
     sampler = jax.eval_shape(lambda: init_sampler_state(MAX_NUM_SEQS + 1, MODEL.vocab_size))
     state = DeviceState(pool_shape(block_size=BLOCK_SIZE), sampler)
     layout = PackedLayout(num_tokens, min(num_tokens, MAX_NUM_SEQS), MAX_LEN // BLOCK_SIZE)
     function: Any = partial(programs.step, layout=layout)
     if num_steps > 1:
         function = partial(programs.decode_steps, layout=layout, num_steps=num_steps)
-    return Program(function, (weights, state, int32(layout.size), ()), (1,))
+    arguments = (weights, state, int32(layout.size), ())
+    return Program(function, arguments, (1,), programs.compiler_options)
 
 
 XLA = Expects(updates_in_place=True, max_temp_share=1 / 4)
@@ -65,5 +71,20 @@ CASES = (
     CompileCase("step-xla-decode", partial(step_program, "xla", 64), ("h200",), XLA),
     CompileCase("step-mosaic-decode", partial(step_program, "mosaic_gpu", 64), ("h200", "a100"), MOSAIC),
     CompileCase("step-mosaic-mixed", partial(step_program, "mosaic_gpu", 512), ("h200",), MOSAIC),
+    *(
+        CompileCase(
+            f"step-deterministic-{n}",
+            partial(step_program, "mosaic_gpu", n, deterministic=True),
+            ("h200",),
+            MOSAIC,
+        )
+        for n in (8, 512)
+    ),
+    CompileCase(
+        "step-deterministic-scan",
+        partial(step_program, "mosaic_gpu", 8, 4, deterministic=True),
+        ("h200",),
+        MOSAIC,
+    ),
     CompileCase("step-mosaic-scan", partial(step_program, "mosaic_gpu", 8, 4), ("h200",), MOSAIC),
 )
