@@ -1,6 +1,8 @@
 """From the constructor's arguments to the parts of an engine, everything checked before weights are read."""
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 
 from jaxpaged.batch import BatchBuilder
 from jaxpaged.block_space import BlockSpace
+from jaxpaged.buckets import rows_of
 from jaxpaged.config import EngineConfig
 from jaxpaged.core import EngineCore
 from jaxpaged.errors import InvalidRequestError
@@ -20,8 +23,13 @@ from jaxpaged.kv_layout import KVLayout
 from jaxpaged.memory import MIN_BLOCKS, MemoryReport, num_blocks_for, step_bytes, tree_bytes
 from jaxpaged.memory_monitor import MemoryMonitor
 from jaxpaged.models import Decoder, ModelConfig, flat_parameters, load_config, load_model, split_parameters
-from jaxpaged.pallas_kernels import AttentionVariant, KVPool
-from jaxpaged.pallas_kernels.paged_attention.api import IMPLEMENTATIONS, unsupported_reason
+from jaxpaged.pallas_kernels import AttentionBatch, AttentionVariant, KVPool
+from jaxpaged.pallas_kernels.paged_attention.api import (
+    DETERMINISTIC,
+    IMPLEMENTATIONS,
+    best_implementation,
+    unsupported_reason,
+)
 from jaxpaged.policies import policy_from
 from jaxpaged.preemption import Preemption
 from jaxpaged.preemption_cost import PreemptionCost
@@ -30,6 +38,10 @@ from jaxpaged.runner import Runner
 from jaxpaged.sampler import init_sampler_state
 from jaxpaged.scheduler import Scheduler
 from jaxpaged.tokenizer import Tokenizer
+
+# Rows of a tile of a deterministic engine. On a CPU as many as keep its vectors busy; on a GPU as many as cost no more
+# than one, because reading the weights takes longer than multiplying them.
+CPU_ROW_TILE, GPU_ROW_TILE = 16, 256
 
 
 def check_types(model: object, params: object, tokenizer: object, variant: object, folder: object) -> None:
@@ -102,6 +114,8 @@ def assemble(
         min(config.max_logprobs, shape.vocab_size),
         config.logprobs_mode,
     )
+    if config.deterministic:
+        functions = _deterministic(functions, shape, config, variant or AttentionVariant(), device)
     new_state = partial(_new_state, shape, config, layout)
     empty = jax.eval_shape(lambda: new_state(MIN_BLOCKS))
     num_blocks, largest_step = config.num_blocks, None
@@ -185,17 +199,56 @@ def _check_attention(shape: ModelConfig, config: EngineConfig, variant: Attentio
     """Refuses a named attention that cannot run here, before anything is allocated."""
     if config.attention is None:
         return
-    reasons: list[str | None] = []
+    if config.deterministic and config.attention not in DETERMINISTIC:
+        raise NotImplementedError(
+            f"attention={config.attention!r} cannot be used with deterministic=True: its order of additions depends on "
+            f"the batch; {', '.join(sorted(DETERMINISTIC))} can"
+        )
+    name = config.attention
+    reason = _ask(lambda q, pool, _: unsupported_reason(name, q, pool, variant), shape, config)
+    if reason is not None:
+        raise NotImplementedError(f"attention={config.attention!r} cannot be used here: {reason}")
 
-    def ask(q: jax.Array, kv: jax.Array) -> None:
-        reasons.append(unsupported_reason(config.attention or "", q, KVPool(kv, kv, 1), variant))
+
+def _deterministic(
+    functions: Programs, shape: ModelConfig, config: EngineConfig, variant: AttentionVariant, device: Any
+) -> Programs:
+    """The programs with tiles of one size, and one implementation of attention for all buckets."""
+    on_cpu = device.platform == "cpu"
+
+    def best(q: jax.Array, pool: KVPool, batch: AttentionBatch) -> str:
+        return best_implementation(device.platform, q, pool, variant, batch, deterministic=True)
+
+    return replace(
+        functions,
+        attention=config.attention or _ask(best, shape, config),
+        row_tile=CPU_ROW_TILE if on_cpu else GPU_ROW_TILE,
+        skip_padding=on_cpu,
+    )
+
+
+def _ask(
+    question: Callable[[jax.Array, KVPool, AttentionBatch], str | None],
+    shape: ModelConfig,
+    config: EngineConfig,
+) -> str | None:
+    """The answer to a question about the attention of the largest bucket, asked of traced arrays."""
+    tokens = config.buckets[-1]
+    rows, width = rows_of(tokens, config.max_num_seqs), config.table_width
+    answers = []
+
+    def ask(q: jax.Array, kv: jax.Array, ints: jax.Array) -> None:
+        table = ints[: rows * width].reshape(rows, width)
+        per_token = [ints[:tokens]] * 3
+        batch = AttentionBatch(table, ints[:rows], ints[: rows + 1], *per_token)
+        answers.append(question(q, KVPool(kv, kv, 1), batch))
 
     dtype = jnp.dtype(config.dtype)
-    q = jax.ShapeDtypeStruct((1, shape.num_heads, shape.head_dim), dtype)
+    q = jax.ShapeDtypeStruct((tokens, shape.num_heads, shape.head_dim), dtype)
     kv = jax.ShapeDtypeStruct((1, shape.num_kv_heads, config.block_size, shape.head_dim), dtype)
-    jax.eval_shape(ask, q, kv)  # traced only
-    if reasons[0] is not None:
-        raise NotImplementedError(f"attention={config.attention!r} cannot be used here: {reasons[0]}")
+    ints = jax.ShapeDtypeStruct((rows * width + tokens + 1,), jnp.int32)
+    jax.eval_shape(ask, q, kv, ints)  # traced only
+    return answers[0]
 
 
 def _new_state(shape: ModelConfig, config: EngineConfig, layout: KVLayout, num_blocks: int) -> DeviceState:

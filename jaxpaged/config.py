@@ -45,6 +45,8 @@ class EngineConfig:
       async_scheduling: plan and hand over a step while the one before runs.
       memory_warning, memory_critical: shares of the blocks in use from which on no request is admitted while others
         run, and steps are halved; 1 turns either off.
+      deterministic: a request's tokens and log-probabilities are bitwise the same whatever else is in the batch, and
+        however it is chunked, preempted or found in the prefix cache. Slower: rows go in tiles of one size.
     """
 
     dtype: str
@@ -70,6 +72,7 @@ class EngineConfig:
     async_scheduling: bool = False
     memory_warning: float = 0.95
     memory_critical: float = 0.99
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -102,7 +105,7 @@ class EngineConfig:
             )
         if not _is_number(self.swap_space) or not 0 <= self.swap_space <= MAX_SWAP_SPACE:
             raise InvalidRequestError("swap_space", self.swap_space, f"must be GiB in [0, {MAX_SWAP_SPACE}]")
-        for name in ("enable_prefix_caching", "warmup", "async_scheduling"):
+        for name in ("enable_prefix_caching", "warmup", "async_scheduling", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(name, getattr(self, name), "must be True or False")
         if self.logprobs_mode not in ("raw_logprobs", "processed_logprobs"):

@@ -45,14 +45,15 @@ class Engine:
         JAX's configuration alone.
       **arguments: fields of ``EngineConfig``: ``dtype``, ``max_model_len``, ``block_size``, ``num_blocks``,
         ``gpu_memory_utilization``, ``max_num_seqs``, ``max_num_batched_tokens``, ``num_scheduler_steps``,
-        ``enable_prefix_caching``, ``attention``, ``seed``, ``warmup``, ``max_logprobs``, ``logprobs_mode``.
-        Names as in vLLM.
+        ``enable_prefix_caching``, ``attention``, ``seed``, ``warmup``, ``max_logprobs``, ``logprobs_mode``,
+        ``deterministic``. Names as in vLLM.
 
     An engine belongs to one thread.
 
     Raises:
       ValueError: a wrong argument or checkpoint; the message names it and its value.
-      NotImplementedError: a named ``attention`` cannot run here: the device, a dtype, a size or the variant.
+      NotImplementedError: a named ``attention`` cannot run here: the device, a dtype, a size, the variant or
+        ``deterministic``.
       MemoryError: the KV pool would not hold one sequence of ``max_model_len``.
     """
 

@@ -162,7 +162,8 @@ def step_bytes(
     state = jax.eval_shape(lambda: new_state(MIN_BLOCKS))
     buffer = jax.ShapeDtypeStruct((layout.size,), np.int32)
     jitted = jax.jit(partial(functions.step, layout=layout), donate_argnums=1)
-    found = jitted.lower(weights, state, buffer, operands).compile().memory_analysis()
+    lowered = jitted.lower(weights, state, buffer, operands)
+    found = lowered.compile(functions.compiler_options).memory_analysis()
     if found is None:
         raise MemoryError("XLA gives no account of its memory on this device; set num_blocks")
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes

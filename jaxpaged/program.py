@@ -15,9 +15,10 @@ from jax import lax
 from jaxpaged.batch import PackedLayout, StepInputs, unpack
 from jaxpaged.kv_layout import KVLayout
 from jaxpaged.models import Decoder, Parameters
+from jaxpaged.models.row_tiles import Rows, RowTiles, all_rows
 from jaxpaged.pallas_kernels import AttentionBatch, AttentionVariant, KVPool, cache_scatter, paged_attention
 from jaxpaged.pallas_kernels.variant import VariantSpec
-from jaxpaged.sampler import LogprobsMode, SampleOutput, SamplerState, sample
+from jaxpaged.sampler import LogprobsMode, SampleOutput, SamplerState, SamplingBatch, choose, count_tokens
 
 LOGPROB_CHUNK = 256  # prompt positions whose logits exist at one time
 
@@ -63,6 +64,10 @@ class Programs:
       variant: the user's attention variant, laid over the model's own, or None.
       attention: implementation of paged attention, or None for the best.
       max_logprobs, logprobs_mode: see ``jaxpaged.sampler``.
+      row_tile: None computes the rows of a step together. Otherwise a row's bits do not depend on the batch: attention
+        is a deterministic one, and all else goes in tiles of this many rows.
+      skip_padding: leave out tiles of nothing but padding. Not for a GPU, where the host would have to wait for
+        the number of rows in each of the loops.
     """
 
     merge: Callable[[Parameters], Decoder]
@@ -71,6 +76,20 @@ class Programs:
     attention: str | None
     max_logprobs: int
     logprobs_mode: LogprobsMode
+    row_tile: int | None = None
+    skip_padding: bool = False
+
+    @property
+    def compiler_options(self) -> dict[str, str | bool]:
+        """What XLA has to be told when it compiles these programs."""
+        if self.row_tile is None or self.skip_padding:
+            return {}
+        # XLA knows how many tiles there are, and would put a single one in the place of its loop. Its products would
+        # then be fused with other things than in a step of two tiles, and could get another kernel.
+        return {
+            "xla_disable_hlo_passes": "simplify-while-loops",
+            "xla_gpu_cublas_fallback": False,
+        }
 
     def step(
         self,
@@ -85,7 +104,11 @@ class Programs:
         inputs = _with_device_tokens(unpack(buffer, layout), state.tokens)
         model = self.merge(weights)
         hidden, sampled, state = self._forward(model, state, inputs, operands)
-        return StepOutput(sampled, _prompt_logprobs(model, hidden, inputs, self.max_logprobs)), state
+        if self.row_tile is None:
+            rows: Rows = RowTiles(min(LOGPROB_CHUNK, layout.num_tokens))
+        else:
+            rows = self._rows(inputs.attention[0].query_start_loc[-1])
+        return StepOutput(sampled, _prompt_logprobs(model, hidden, inputs, self.max_logprobs, rows)), state
 
     def decode_steps(
         self,
@@ -130,19 +153,48 @@ class Programs:
             # All keys of the step first: its rows may share blocks.
             pool = cache_scatter(kv, k, v, place, batch.slots)
             merged = _merged(variant, user)
-            out = paged_attention(q, pool, place, batch, variant=merged, implementation=self.attention)
+            out = paged_attention(
+                q,
+                pool,
+                place,
+                batch,
+                variant=merged,
+                implementation=self.attention,
+                deterministic=self.row_tile is not None,
+            )
             return out, pool
 
-        hidden, pool = model.hidden(inputs.token_ids, inputs.attention[0].positions, attend, state.pool)
-        sampled, sampler = sample(
-            model.logits(hidden[inputs.sample_at]),
-            state.sampler,
-            inputs.sampling,
-            max_logprobs=self.max_logprobs,
-            logprobs_mode=self.logprobs_mode,
-        )
+        attention = inputs.attention[0]
+        rows = self._rows(attention.query_start_loc[-1])
+        hidden, pool = model.hidden(inputs.token_ids, attention.positions, attend, state.pool, rows)
+        sampled = self._sample(model, hidden[inputs.sample_at], state.sampler, inputs)
+        sampler = count_tokens(state.sampler, inputs.sampling.rows, sampled.tokens)
         tokens = state.tokens.at[inputs.token_rows].set(sampled.tokens)
         return hidden, sampled, DeviceState(pool, sampler, tokens)
+
+    def _sample(
+        self, model: Decoder, hidden: jax.Array, state: SamplerState, inputs: StepInputs
+    ) -> SampleOutput:
+        """A token for each row, of hidden states ``[B, E]``."""
+        batch, starts = inputs.sampling, inputs.attention[0].query_start_loc
+
+        def pick(hidden: jax.Array, rows: jax.Array, floats: jax.Array, ints: jax.Array) -> SampleOutput:
+            return choose(
+                model.logits(hidden),
+                state,
+                SamplingBatch(rows, floats, ints, batch.flags),
+                max_logprobs=self.max_logprobs,
+                logprobs_mode=self.logprobs_mode,
+            )
+
+        rows = self._rows((starts[1:] > starts[:-1]).sum(dtype=jnp.int32))
+        return rows(pick, hidden, batch.rows, batch.floats, batch.ints)
+
+    def _rows(self, num_rows: jax.Array) -> Rows:
+        """How to compute rows of which the first ``num_rows`` are real."""
+        if self.row_tile is None:
+            return all_rows
+        return RowTiles(self.row_tile, num_rows if self.skip_padding else None)
 
 
 def _with_device_tokens(inputs: StepInputs, tokens: jax.Array) -> StepInputs:
@@ -184,27 +236,20 @@ def _merged(own: AttentionVariant, user: AttentionVariant | None) -> AttentionVa
 
 
 def _prompt_logprobs(
-    model: Decoder, hidden: jax.Array, inputs: StepInputs, max_logprobs: int
+    model: Decoder, hidden: jax.Array, inputs: StepInputs, max_logprobs: int, rows: Rows
 ) -> PromptLogprobs:
-    """Log-probabilities of the prompt's own tokens, chunk by chunk; zeros when nobody asks."""
+    """Log-probabilities of the prompt's own tokens, as many at a time as ``rows`` says; zeros when nobody asks."""
     num_tokens = hidden.shape[0]
-    chunk = min(LOGPROB_CHUNK, num_tokens)
-    pad = -num_tokens % chunk
 
-    def one_chunk(part: tuple[jax.Array, jax.Array]) -> PromptLogprobs:
-        logprobs = jax.nn.log_softmax(model.logits(part[0]), axis=-1)
-        own = jnp.take_along_axis(logprobs, part[1][:, None], axis=1)
+    def some(hidden: jax.Array, next_token_ids: jax.Array) -> PromptLogprobs:
+        logprobs = jax.nn.log_softmax(model.logits(hidden), axis=-1)
+        own = jnp.take_along_axis(logprobs, next_token_ids[:, None], axis=1)
         rank = (logprobs > own).sum(axis=1, dtype=jnp.int32) + 1
         top, ids = lax.top_k(logprobs, max_logprobs)
         return PromptLogprobs(own[:, 0], rank, ids.astype(jnp.int32), top)
 
-    def all_chunks() -> PromptLogprobs:
-        parts = (
-            jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, chunk, hidden.shape[1]),
-            jnp.pad(inputs.next_token_ids, (0, pad)).reshape(-1, chunk),
-        )
-        done = lax.map(one_chunk, parts)
-        return PromptLogprobs(*(x.reshape(-1, *x.shape[2:])[:num_tokens] for x in done))
+    def all_of_them() -> PromptLogprobs:
+        return rows(some, hidden, inputs.next_token_ids)
 
     def nothing() -> PromptLogprobs:
         f32, i32 = jnp.float32, jnp.int32
@@ -213,4 +258,4 @@ def _prompt_logprobs(
             jnp.zeros(num_tokens, f32), jnp.zeros(num_tokens, i32), jnp.zeros(top, i32), jnp.zeros(top, f32)
         )
 
-    return lax.cond(inputs.wants_prompt_logprobs, all_chunks, nothing)
+    return lax.cond(inputs.wants_prompt_logprobs, all_of_them, nothing)

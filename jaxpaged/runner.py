@@ -137,7 +137,7 @@ class Runner:
         if self.forbid_compile:
             raise RecompileError(f"{shape}: not compiled in the warm-up, and compiling is forbidden since")
         started = time.perf_counter()
-        program = jitted.lower(*arguments).compile()
+        program = jitted.lower(*arguments).compile(self._functions.compiler_options)
         seconds = time.perf_counter() - started
         self.num_compiles += 1
         self.compile_seconds += seconds

@@ -91,15 +91,15 @@ def set_bias_row(state: SamplerState, row: Array, logit_bias: Array) -> SamplerS
     return state._replace(logit_bias=lax.dynamic_update_index_in_dim(state.logit_bias, logit_bias, row, 0))
 
 
-def sample(
+def choose(
     logits: Array,
     state: SamplerState,
     batch: SamplingBatch,
     *,
     max_logprobs: int,
     logprobs_mode: LogprobsMode = "raw_logprobs",
-) -> tuple[SampleOutput, SamplerState]:
-    """One token for each row, and the state with those tokens counted.
+) -> SampleOutput:
+    """One token for each row.
 
     logits float32 [B, V]; NaN counts as -inf, and a row without a finite logit gives token 0. max_logprobs:
     width of the top arrays. logprobs_mode: "raw_logprobs" are the log-softmax of ``logits``,
@@ -114,10 +114,12 @@ def sample(
     def general() -> SampleOutput:
         return _sample_general(logits, state, batch, max_logprobs, logprobs_mode)
 
-    output = lax.cond(batch.flags != 0, general, greedy)
-    # Outside the cond, where the donated buffer is updated in place whatever the flags.
-    counts = state.output_counts.at[batch.rows, output.tokens].add(1)
-    return output, state._replace(output_counts=counts)
+    return lax.cond(batch.flags != 0, general, greedy)
+
+
+def count_tokens(state: SamplerState, rows: Array, tokens: Array) -> SamplerState:
+    """The state with one more of ``tokens`` int32 [B] in the engine rows ``rows`` int32 [B]; in place if donated."""
+    return state._replace(output_counts=state.output_counts.at[rows, tokens].add(1))
 
 
 class _Rows(NamedTuple):

@@ -1,7 +1,8 @@
 """The decoder: one flax.nnx module for all families, the same object for training and serving.
 
 Attention is a callable argument: dense causal when training, paged when serving. Nothing here knows of
-caches; ``kv`` is an opaque pytree that is threaded through the layers in order. Kernels are stored [in,
+caches; ``kv`` is an opaque pytree that is threaded through the layers in order. All else treats each token by
+itself and goes through a ``Rows``, which may compute the tokens tile by tile. Kernels are stored [in,
 out], so that every projection is ``x @ w`` without a transpose. Shape letters: E hidden size, F
 intermediate size, G query heads per key/value head; the others as in docs/architecture.md.
 """
@@ -15,6 +16,7 @@ from jax.typing import DTypeLike
 
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.rope import apply_rope, rope_tables
+from jaxpaged.models.row_tiles import Rows, all_rows
 from jaxpaged.pallas_kernels import AttentionVariant
 from jaxpaged.pallas_kernels.causal_attention import causal_attention
 
@@ -83,9 +85,8 @@ class Attention(nnx.Module):
     value, so that sharding the outer axis over Hkv splits heads and nothing else.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike) -> None:
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike) -> None:
         self.config = config
-        self.layer = layer
         width = config.num_kv_heads * (config.group_size + 2) * config.head_dim
         self.qkv = Linear(
             config.hidden_size, width,
@@ -99,20 +100,21 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, param_dtype=param_dtype)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, param_dtype=param_dtype)
 
-    def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, kv: Any
-    ) -> tuple[jax.Array, Any]:
-        """x [..., E] -> [..., E] and the cache as ``attend`` returned it."""
+    def project(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [..., E] -> rotated q [..., Hq, D] and k, and v, both [..., Hkv, D]."""
         config, lead = self.config, x.shape[:-1]
         qkv = self.qkv(x).reshape(*lead, config.num_kv_heads, config.group_size + 2, config.head_dim)
         q = qkv[..., : config.group_size, :].reshape(*lead, config.num_heads, config.head_dim)
         k, v = qkv[..., -2, :], qkv[..., -1, :]
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        variant = AttentionVariant(sliding_window=config.sliding_windows[self.layer])
-        o, kv = attend(q, k, v, kv, self.layer, variant)
-        return self.out(o.reshape(*lead, config.num_heads * config.head_dim)), kv
+        return apply_rope(q, *rope), apply_rope(k, *rope), v
+
+    def join(self, o: jax.Array) -> jax.Array:
+        """What was attended, o [..., Hq, D] -> [..., E]."""
+        return self.out(o.reshape(*o.shape[:-2], self.config.num_heads * self.config.head_dim))
 
 
 class GatedMlp(nnx.Module):
@@ -139,17 +141,28 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike) -> None:
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
-        self.attn = Attention(config, layer, rngs=rngs, param_dtype=param_dtype)
+        self.attn = Attention(config, rngs=rngs, param_dtype=param_dtype)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
         self.mlp = GatedMlp(config, rngs=rngs, param_dtype=param_dtype)
+        self.layer = layer
+        self.sliding_window = config.sliding_windows[layer]
 
     def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, kv: Any
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, kv: Any, rows: Rows
     ) -> tuple[jax.Array, Any]:
-        """x [..., E] -> [..., E] and the cache."""
-        attended, kv = self.attn(self.attn_norm(x), rope, attend, kv)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), kv
+        """x [..., E] -> [..., E] and the cache as ``attend`` returned it."""
+        q, k, v = rows(self._before, x, rope)
+        o, kv = attend(q, k, v, kv, self.layer, AttentionVariant(sliding_window=self.sliding_window))
+        return rows(self._after, x, o), kv
+
+    def _before(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.attn.project(self.attn_norm(x), rope)
+
+    def _after(self, x: jax.Array, o: jax.Array) -> jax.Array:
+        x = x + self.attn.join(o)
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Decoder(nnx.Module):
@@ -185,17 +198,22 @@ class Decoder(nnx.Module):
             self.lm_head = nnx.Param(INIT_STDDEV * jax.random.normal(rngs.params(), table[::-1], param_dtype))
 
     def hidden(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend, kv: Any = None
+        self, tokens: jax.Array, positions: jax.Array, attend: Attend, kv: Any = None, rows: Rows = all_rows
     ) -> tuple[jax.Array, Any]:
         """Final hidden states, after the last norm.
 
-        ``tokens`` and ``positions`` are int32 [...] with any leading axes; returns (``dtype`` [..., E], kv).
+        ``tokens`` and ``positions`` are int32 [...] with any leading axes, of which ``rows`` may cut the first; returns
+        (``dtype`` [..., E], kv).
         """
-        x = self.embedding[...][tokens].astype(self.dtype)
-        rope = rope_tables(self.config, positions)
+        x, rope = rows(self._embed, tokens, positions)
         for layer in self.layers:
-            x, kv = layer(x, rope, attend, kv)
-        return self.final_norm(x), kv
+            x, kv = layer(x, rope, attend, kv, rows)
+        return rows(self.final_norm, x), kv
+
+    def _embed(
+        self, tokens: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        return self.embedding[...][tokens].astype(self.dtype), rope_tables(self.config, positions)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., E] -> float32 [..., V], accumulated in float32."""

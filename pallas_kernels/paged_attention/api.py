@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import TypeAlias
 
 import jax
@@ -45,6 +45,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 # Those that give a row the same bits in every batch; numba always does.
 DETERMINISTIC: dict[str, Implementation] = {
+    "xla": partial(paged_attention_xla, deterministic=True),
     "numba": paged_attention_numba,
     "mosaic_gpu": _mosaic_gpu_deterministic,
 }
@@ -88,15 +89,17 @@ def paged_attention(
     variant = variant or AttentionVariant()
     _check(q, kv_pool, layer, batch, variant)
     if implementation is None:
-        implementation = best_implementation(jax.default_backend(), q, kv_pool, variant, batch)
+        implementation = best_implementation(
+            jax.default_backend(), q, kv_pool, variant, batch, deterministic=deterministic
+        )
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"paged_attention: implementation={implementation!r} is none of {sorted(IMPLEMENTATIONS)}"
         )
     if deterministic and implementation not in DETERMINISTIC:
         raise NotImplementedError(
-            f"paged_attention: deterministic=True with implementation={implementation!r}, whose tiles depend on the "
-            f"batch; {' and '.join(sorted(DETERMINISTIC))} can"
+            f"paged_attention: deterministic=True with implementation={implementation!r}, whose order of additions "
+            f"depends on the batch; {', '.join(sorted(DETERMINISTIC))} can"
         )
     chosen = DETERMINISTIC if deterministic else IMPLEMENTATIONS
     return chosen[implementation](q, kv_pool, layer, batch, variant)
@@ -108,10 +111,13 @@ def best_implementation(
     kv_pool: KVPool,
     variant: AttentionVariant,
     batch: AttentionBatch | None = None,
+    *,
+    deterministic: bool = False,
 ) -> str:
     """The implementation that ``implementation=None`` takes on a platform; logged once for each answer.
 
     Without ``batch`` it is the one for a batch of usual size: a variant's bias tables may be too large for another.
+    Whoever calls with batches of several sizes and wants the same bits in all of them names what the largest gives.
     """
     if platform == "cpu":
         reason = numba_cpu.unsupported_reason(q.dtype, kv_pool.k.dtype, variant)
@@ -124,7 +130,7 @@ def best_implementation(
         from jaxpaged.pallas_kernels.mosaic_gpu import gpu_target
         from jaxpaged.pallas_kernels.paged_attention import mosaic_gpu
 
-        reason = mosaic_gpu.automatic_reason(gpu_target(), q, kv_pool, variant, batch)
+        reason = mosaic_gpu.automatic_reason(gpu_target(), q, kv_pool, variant, batch, deterministic)
         if reason is None:
             return _log_choice(platform, "mosaic_gpu", "made for this device")
         return _log_choice(platform, "xla", f"for 'mosaic_gpu', {reason}")

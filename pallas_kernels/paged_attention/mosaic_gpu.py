@@ -138,9 +138,10 @@ def automatic_reason(
     kv_pool: KVPool,
     variant: AttentionVariant,
     batch: AttentionBatch | None = None,
+    deterministic: bool = False,
 ) -> str | None:
     """Why ``implementation=None`` does not take this one, or None."""
-    reason = unsupported_reason(target, q, kv_pool, variant, batch)
+    reason = unsupported_reason(target, q, kv_pool, variant, batch, deterministic=deterministic)
     if reason is None and target is not None and not target.has_wgmma:
         return f"it is chosen by itself on Hopper only and must be named on {target.kind}"
     return reason

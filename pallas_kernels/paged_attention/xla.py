@@ -5,6 +5,10 @@ time; an inner loop walks the keys in chunks of whole blocks up to the longest o
 counts come from the real tokens of the step and none from the padded table. Rows with one query token and
 rows with many get lists of their own, else a decode row would pay for a whole prefill tile.
 
+Deterministic: one list, its tiles begin at multiples of ``DETERMINISTIC_TILE_Q`` positions and groups have one size.
+A query then has the same place in a matrix product of the same shape in every batch, and chunks of keys that are
+there for others of its group change nothing: they are masked, which adds zeros and multiplies by one.
+
 Online softmax: Milakov and Gimelshein 2018 (arXiv:1805.02867); tiling: FlashAttention (arXiv:2205.14135).
 """
 
@@ -18,6 +22,7 @@ from jaxpaged.pallas_kernels.batch import AttentionBatch, KVPool
 from jaxpaged.pallas_kernels.variant import MASKED, AttentionVariant, modify_scores
 
 PREFILL_TILE_Q = 32
+DETERMINISTIC_TILE_Q = 8
 GROUP = 8
 TILE_KV = 128
 
@@ -28,32 +33,54 @@ class _Tiles(NamedTuple):
     row: jax.Array  # int32 [P]
     first: jax.Array  # int32 [P], index of the first query token
     size: jax.Array  # int32 [P], query tokens of the tile, 0 for padding
+    lead: jax.Array  # int32 [P], unused places of the tile before them
     num_tiles: jax.Array  # int32 []
 
 
-def _make_tiles(batch: AttentionBatch, tile_q: int, mine: jax.Array, max_tiles: int) -> _Tiles:
-    """Cuts the rows where ``mine`` holds into tiles of at most ``tile_q`` query tokens."""
+def _make_tiles(
+    batch: AttentionBatch, tile_q: int, mine: jax.Array, max_tiles: int, *, aligned: bool = False
+) -> _Tiles:
+    """Cuts the rows where ``mine`` holds into tiles of at most ``tile_q`` query tokens.
+
+    Tiles begin at a row's first query token, or at multiples of ``tile_q`` positions if ``aligned``.
+    """
     starts, query_lens = batch.query_start_loc[:-1], jnp.diff(batch.query_start_loc)
-    tiles_of_row = jnp.where(mine, -(-query_lens // tile_q), 0)
+    lead = batch.positions[jnp.minimum(starts, len(batch.positions) - 1)] % tile_q if aligned else 0
+    lead = jnp.broadcast_to(jnp.int32(lead), starts.shape)
+    tiles_of_row = jnp.where(mine, -(-(lead + query_lens) // tile_q), 0)
     ends = jnp.cumsum(tiles_of_row)
     index = jnp.arange(max_tiles, dtype=jnp.int32)
     row = jnp.clip(jnp.searchsorted(ends, index, side="right"), 0, len(starts) - 1).astype(jnp.int32)
-    offset = (index - (ends[row] - tiles_of_row[row])) * tile_q
-    size = jnp.where(index < ends[-1], jnp.clip(query_lens[row] - offset, 0, tile_q), 0)
+    # Of the tile's first place, and of its first token, from the row's first token on.
+    place = (index - (ends[row] - tiles_of_row[row])) * tile_q - lead[row]
+    offset = jnp.maximum(place, 0)
+    size = jnp.where(index < ends[-1], jnp.clip(jnp.minimum(query_lens[row], place + tile_q) - offset, 0), 0)
     first = jnp.where(size > 0, starts[row] + offset, 0)
     last_pos = batch.positions[jnp.maximum(first + size - 1, 0)]
     order = jnp.argsort(jnp.where(size > 0, -last_pos, 1))
-    return _Tiles(row[order], first[order], size[order], ends[-1])
+    return _Tiles(row[order], first[order], size[order], (offset - place)[order], ends[-1])
 
 
 def paged_attention_xla(
-    q: jax.Array, kv_pool: KVPool, layer: int, batch: AttentionBatch, variant: AttentionVariant
+    q: jax.Array,
+    kv_pool: KVPool,
+    layer: int,
+    batch: AttentionBatch,
+    variant: AttentionVariant,
+    *,
+    deterministic: bool = False,
 ) -> jax.Array:
     """Tiled paged attention; arguments as in ``paged_attention``."""
     num_tokens = q.shape[0]
     num_rows = batch.seq_lens.shape[0]
     out = jnp.zeros(q.shape, q.dtype)
     query_lens = jnp.diff(batch.query_start_loc)
+    if deterministic:
+        tile_q = DETERMINISTIC_TILE_Q
+        # A row's first and last tile may hold a single token each.
+        max_tiles = -(-min(num_tokens, num_tokens // tile_q + 2 * num_rows) // GROUP) * GROUP
+        aligned = _make_tiles(batch, tile_q, query_lens > 0, max_tiles, aligned=True)
+        return _attend_tiles(out, q, kv_pool, layer, batch, variant, aligned, tile_q)
     single = _make_tiles(batch, 1, query_lens == 1, num_rows)
     out = _attend_tiles(out, q, kv_pool, layer, batch, variant, single, 1)
     if num_tokens > 1:
@@ -77,13 +104,13 @@ def _attend_tiles(
     max_tiles = tiles.row.shape[0]
     group = min(GROUP, max_tiles)
     pad = -max_tiles % group
-    row, first, size = (jnp.pad(x, (0, pad)) for x in tiles[:3])
+    padded = tuple(jnp.pad(x, (0, pad)) for x in tiles[:4])
 
     def one_group(i: jax.Array, out: jax.Array) -> jax.Array:
-        row_, first_, size_ = (lax.dynamic_slice(x, (i * group,), (group,)) for x in (row, first, size))
-        member = jnp.arange(tile_q, dtype=jnp.int32)
-        real = member[None, :] < size_[:, None]
-        token = jnp.where(real, first_[:, None] + member[None, :], 0)
+        row_, first_, size_, lead_ = (lax.dynamic_slice(x, (i * group,), (group,)) for x in padded)
+        member = jnp.arange(tile_q, dtype=jnp.int32)[None, :] - lead_[:, None]
+        real = (member >= 0) & (member < size_[:, None])
+        token = jnp.where(real, first_[:, None] + member, 0)
         q_pos = jnp.where(real, batch.positions[token], -1)
         tile_out = _attend_group(q[token], q_pos, row_, kv_pool, layer, batch, variant)
         # Padding goes past the end, where mode="drop" loses it.

@@ -1,7 +1,8 @@
 """What is compiled, and what is expected of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 ALL_TARGETS = ("a100", "a40", "l40", "h200", "b200", "rtxpro6000")
@@ -17,6 +18,7 @@ class Program(NamedTuple):
     function: Callable[..., Any]
     args: tuple[Any, ...]
     donate_argnums: tuple[int, ...] = ()
+    compiler_options: Mapping[str, str | bool] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxpaged.assembly import GPU_ROW_TILE
 from jaxpaged.batch import PackedLayout
 from jaxpaged.kv_layout import KVLayout
 from jaxpaged.models import Decoder, ModelConfig, split_parameters
@@ -40,7 +41,9 @@ def step_program(
     attention: str,
     num_tokens: int,
     num_steps: int = 1,
+    *,
     windows: tuple[int | None, ...] = MODEL.sliding_windows,
+    deterministic: bool = False,
 ) -> Program:
     """One step of a bucket, or several decode steps in one program, with the engine's state donated.
 
@@ -49,6 +52,7 @@ def step_program(
       num_tokens: of the bucket.
       num_steps: decode steps.
       windows: sliding windows of the layers.
+      deterministic: as of the engine.
     """
     if attention not in IMPLEMENTATIONS:
         raise UnavailableError(f"paged_attention has no implementation {attention!r} yet")
@@ -57,7 +61,8 @@ def step_program(
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
     weights, merge = split_parameters(model)
     groups = KVLayout.of(windows, MAX_LEN)
-    programs = Programs(merge, groups, None, attention, 20, "raw_logprobs")
+    row_tile = GPU_ROW_TILE if deterministic else None
+    programs = Programs(merge, groups, None, attention, 20, "raw_logprobs", row_tile)
     sampler = jax.eval_shape(lambda: init_sampler_state(MAX_NUM_SEQS + 1, MODEL.vocab_size))
     pool = pool_shape(block_size=BLOCK_SIZE, num_layers=groups.layers_per_block)
     state = DeviceState(pool, sampler, int32(MAX_NUM_SEQS + 1))
@@ -65,7 +70,8 @@ def step_program(
     function: Any = partial(programs.step, layout=layout)
     if num_steps > 1:
         function = partial(programs.decode_steps, layout=layout, num_steps=num_steps)
-    return Program(function, (weights, state, int32(layout.size), ()), (1,))
+    arguments = (weights, state, int32(layout.size), ())
+    return Program(function, arguments, (1,), programs.compiler_options)
 
 
 XLA = Expects(updates_in_place=True, max_temp_share=1 / 4)
@@ -78,6 +84,21 @@ CASES = (
     CompileCase("step-mosaic-mixed", partial(step_program, "mosaic_gpu", 512), ("h200",), MOSAIC),
     CompileCase(
         "step-mosaic-hybrid", partial(step_program, "mosaic_gpu", 64, windows=(None, 128)), ("h200",), MOSAIC
+    ),
+    *(
+        CompileCase(
+            f"step-deterministic-{n}",
+            partial(step_program, "mosaic_gpu", n, deterministic=True),
+            ("h200",),
+            MOSAIC,
+        )
+        for n in (8, 512)
+    ),
+    CompileCase(
+        "step-deterministic-scan",
+        partial(step_program, "mosaic_gpu", 8, 4, deterministic=True),
+        ("h200",),
+        MOSAIC,
     ),
     CompileCase("step-mosaic-scan", partial(step_program, "mosaic_gpu", 8, 4), ("h200",), MOSAIC),
 )

@@ -1,5 +1,10 @@
-"""Finds writes of whole pools in an optimised HLO module: copies that donation should have made unnecessary."""
+"""What is read from an optimised HLO module.
 
+Writes of whole pools: copies that donation should have made unnecessary. Matrix products, and what is fused with
+them: two programs in which they are equal get the same kernels for them.
+"""
+
+import hashlib
 import math
 import re
 from dataclasses import dataclass
@@ -89,6 +94,32 @@ def large_writes(text: str, min_bytes: int) -> list[str]:
             if instruction.largest_result() >= min_bytes and not _is_in_place(instruction, computations):
                 found.append(f"{instruction.opcode} {instruction.name} {instruction.type_text}")
     return found
+
+
+def products(text: str) -> list[str]:
+    """A digest of every matrix product that differs from the others, with what it is fused with and its tile sizes.
+
+    The digests of two programs can be compared: names and origins of instructions are left out.
+    """
+    computations = read_computations(text)
+    found = set()
+    for computation in computations.values():
+        for instruction in computation.values():
+            body = computations.get(instruction.called or "", {})
+            fused = instruction.opcode == "fusion" and any(i.opcode == "dot" for i in body.values())
+            if fused or (instruction.opcode == "custom-call" and "cublas" in instruction.rest):
+                found.add(_digest([instruction, *body.values()]))
+    return sorted(found)
+
+
+def _digest(instructions: list[Instruction]) -> str:
+    names: dict[str, str] = {}
+    lines = []
+    for i in instructions:
+        rest = re.sub(r",? ?(metadata|frontend_attributes)=\{[^}]*\}", "", i.rest)
+        text = f"%{i.name} = {i.type_text} {i.opcode}({rest}"
+        lines.append(re.sub(r"%[\w.\-]+", lambda found: names.setdefault(found[0], f"%{len(names)}"), text))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _is_in_place(instruction: Instruction, computations: dict[str, dict[str, Instruction]]) -> bool:

@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxpaged.pallas_kernels import KVPool, cache_scatter
 from jaxpaged.pallas_kernels.mosaic_gpu import gpu_target, kernel, store_global
 from tests.gpu_compile.case import ALL_TARGETS, CompileCase, Expects, Program
+from tests.gpu_compile.engine_cases import step_program
 from tests.gpu_compile.pool_cases import IN_PLACE, int32, pool_shape
 
 ROWS, COLUMNS = 16, 256
@@ -90,6 +91,11 @@ def old_pool_read_late() -> Program:
     return Program(program, args, (0,))
 
 
+def inlined_tile() -> Program:
+    """A deterministic step of one tile, compiled without being told to keep it a loop."""
+    return step_program("mosaic_gpu", 8, deterministic=True)._replace(compiler_options={})
+
+
 def abort() -> Program:
     """Ends the process as LLVM does when it cannot select an instruction."""
     os.abort()
@@ -104,4 +110,5 @@ FAULTY = (
     CompileCase("planted-no-wgmma", products, expects=Expects(instructions=frozenset({"wgmma.mma_async"}))),
     CompileCase("planted-no-donation", scatter_without_donation, expects=IN_PLACE),
     CompileCase("planted-late-read", old_pool_read_late, expects=IN_PLACE),
+    CompileCase("planted-inlined-tile", inlined_tile, expects=Expects(max_temp_share=1 / 4)),
 )

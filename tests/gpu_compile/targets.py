@@ -6,10 +6,11 @@ The CUDA plugin of jax makes a device topology out of a description of a GPU, an
 the compute capability and would otherwise assume sm_90).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -156,7 +157,11 @@ _used: list[str] = []
 
 
 def compile_for(
-    name: str, function: Callable[..., Any], args: tuple[Any, ...], donate_argnums: tuple[int, ...] = ()
+    name: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    donate_argnums: tuple[int, ...] = (),
+    compiler_options: Mapping[str, str | bool] = MappingProxyType({}),
 ) -> jax.stages.Compiled:
     """Compiles ``jax.jit(function)`` for a target.
 
@@ -165,10 +170,11 @@ def compile_for(
       function: traced here, so what it asks of the default device is answered for the target.
       args: pytrees of arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes count.
       donate_argnums: as of ``jax.jit``.
+      compiler_options: of XLA, beside the defaults.
     """
     mesh = mesh_of(name)
     sharding = NamedSharding(mesh, PartitionSpec())
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_device(mesh.devices.flat[0]):
         lowered = jax.jit(function, donate_argnums=donate_argnums).trace(*shapes).lower()
-        return lowered.compile()
+        return lowered.compile(dict(compiler_options))

@@ -29,7 +29,9 @@ def report_of(request: pytest.FixtureRequest) -> Callable[[str, str], Report]:
     wanted: dict[str, list[str]] = {}
     for item in request.session.items:
         if isinstance(item, pytest.Function) and "report_of" in item.fixturenames:
-            wanted.setdefault(item.callspec.params["target"], []).append(item.callspec.params["case"])
+            params = item.callspec.params
+            named = [params[name] for name in ("case", "base") if name in params]
+            wanted.setdefault(params["target"], []).extend(named)
     compiled = cache(lambda target: run(target, wanted[target]))
     return lambda target, case: compiled(target)[case]
 
@@ -68,3 +70,18 @@ FOUND = {
 def test_planted_faults_are_found(report_of: Callable[[str, str], Report], target: str, case: str) -> None:
     problems = report_of(target, case)["problems"]
     assert any(FOUND[target, case] in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("target", ["h200"])
+@pytest.mark.parametrize("base", ["step-deterministic-8"])
+@pytest.mark.parametrize(
+    "case", ["step-deterministic-512", "step-deterministic-scan", "planted-inlined-tile"]
+)
+def test_deterministic_steps_of_any_size_have_the_same_products(
+    report_of: Callable[[str, str], Report], target: str, case: str, base: str
+) -> None:
+    """With the same things fused into them, so that XLA chooses the same kernels. And that this could be missed."""
+    found, expected = (set(report_of(target, name)["products"]) for name in (case, base))
+    assert len(expected) >= 5
+    # The scan leaves out the products of prompt log-probabilities; they are the same as those of sampling.
+    assert (found == expected) is (case != "planted-inlined-tile")

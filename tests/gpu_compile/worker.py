@@ -18,7 +18,7 @@ from jaxpaged.pallas_kernels import KVPool
 from tests.gpu_compile import ptx
 from tests.gpu_compile.case import CompileCase, Program, UnavailableError
 from tests.gpu_compile.cases import find_case
-from tests.gpu_compile.hlo import large_writes
+from tests.gpu_compile.hlo import large_writes, products
 from tests.gpu_compile.targets import compile_for
 
 LOG = "log.txt"
@@ -69,6 +69,7 @@ def _compiled(case: CompileCase, target: str, folder: Path) -> dict[str, Any]:
         "donated": sum(_bytes(program.args[i]) for i in program.donate_argnums),
         "pool_array": pool_array,
         "pool_writes": large_writes(text, pool_array) if pool_array else [],
+        "products": products(text),
     }
 
 

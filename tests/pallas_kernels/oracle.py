@@ -4,6 +4,7 @@ And what tests of attention need of batches.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -34,6 +35,14 @@ def one_row(
         batch.slots[at : at + new],
     )
     return q[at : at + new], pool, alone
+
+
+def chunk(
+    inputs: tuple[jax.Array, KVPool, AttentionBatch], row: int, at: int, count: int
+) -> tuple[jax.Array, KVPool, AttentionBatch]:
+    """``count`` tokens of a row from ``at`` on as a step of their own, as if those after them were not there."""
+    q, pool, alone = one_row(inputs, row, count, at)
+    return q, pool, replace(alone, seq_lens=alone.positions[-1:] + 1)
 
 
 def softmax_attention(
@@ -89,17 +98,26 @@ def _weigh(
 
 
 @cache
-def compiled(name: str, layer: int, variant: AttentionVariant) -> Callable[..., Any]:
+def compiled(
+    name: str, layer: int, variant: AttentionVariant, deterministic: bool = False
+) -> Callable[..., Any]:
     """One jitted call of an implementation; the variant is part of the program."""
 
     def call(q: jax.Array, pool: KVPool, batch: AttentionBatch) -> jax.Array:
-        return paged_attention(q, pool, layer, batch, variant=variant, implementation=name)
+        return paged_attention(
+            q, pool, layer, batch, variant=variant, implementation=name, deterministic=deterministic
+        )
 
     return jax.jit(call)
 
 
 def attend(
-    name: str, case: Case, inputs: tuple[jax.Array, KVPool, AttentionBatch], layer: int = 1
+    name: str,
+    case: Case,
+    inputs: tuple[jax.Array, KVPool, AttentionBatch],
+    layer: int = 1,
+    *,
+    deterministic: bool = False,
 ) -> np.ndarray:
     """All tokens' outputs, padding included, in float64."""
-    return np.asarray(compiled(name, layer, case.variant)(*inputs), np.float64)
+    return np.asarray(compiled(name, layer, case.variant, deterministic)(*inputs), np.float64)

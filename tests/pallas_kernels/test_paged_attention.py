@@ -9,7 +9,7 @@ import pytest
 from jaxpaged.pallas_kernels import AttentionVariant, causal_attention
 from jaxpaged.pallas_kernels.paged_attention import IMPLEMENTATIONS
 from jaxpaged.pallas_kernels.paged_attention.cases import CASES, Case, alibi, make_inputs
-from tests.pallas_kernels.oracle import attend, compiled, num_real, one_row, softmax_attention
+from tests.pallas_kernels.oracle import attend, chunk, compiled, num_real, one_row, softmax_attention
 
 # Sizes that fit no vector register and no chunk, in addition to those that benchmarks share.
 MORE_CASES = (
@@ -112,7 +112,7 @@ def test_work_follows_the_tokens_not_the_table(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["xla", "numba"])
 def test_a_row_is_the_same_alone_and_in_company(name: str) -> None:
-    """Up to rounding for xla, which tiles by what else there is; to the last bit for numba."""
+    """Up to rounding for xla, which tiles by what else there is unless told not to; to the last bit for numba."""
     case = Case("company", ((37, 5), (100, 1), (0, 20)), padding_tokens=0, padding_rows=0)
     q, pool, batch = make_inputs(case)
     together = attend(name, case, (q, pool, batch))
@@ -121,6 +121,60 @@ def test_a_row_is_the_same_alone_and_in_company(name: str) -> None:
         out = attend(name, case, one_row((q, pool, batch), row, new, at))
         np.testing.assert_allclose(out, together[at : at + new], atol=0 if name == "numba" else 1e-6, rtol=0)
         at += new
+
+
+SOME_CASES = (
+    "one_token",
+    "mixed",
+    "speculative",
+    "long_window",
+    "all_at_once",
+    "odd_both",
+    "everything_masked",
+)
+
+
+@pytest.mark.parametrize("name", SOME_CASES)
+def test_deterministic_tiles_compute_the_same(name: str) -> None:
+    case = next(case for case in ALL_CASES if case.name == name)
+    inputs = make_inputs(case)
+    out = attend("xla", case, inputs, deterministic=True)
+    assert np.isfinite(out).all(), "padding included"
+    expected = softmax_attention(inputs[0], inputs[1], 1, inputs[2], case.variant)
+    np.testing.assert_allclose(out[: len(expected)], expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "variant"),
+    [
+        ("bfloat16", AttentionVariant()),
+        ("float32", AttentionVariant(sliding_window=11, logit_soft_cap=3.0, sinks=jnp.arange(4.0))),
+    ],
+    ids=["plain", "window_cap_sinks"],
+)
+def test_deterministic_tokens_have_the_same_bits_however_they_come(
+    dtype: str, variant: AttentionVariant
+) -> None:
+    """In one step with others, one by one, or in chunks cut anywhere."""
+    rows = ((37, 12), (200, 1), (3, 1), (0, 33), (130, 9), *((7 * i, 1) for i in range(9)))
+    case = Case("company", rows, head_dim=32, variant=variant)
+    inputs = make_inputs(case, dtype=jnp.dtype(dtype))
+    together = attend("xla", case, inputs, deterministic=True)
+    places = [
+        (0, 0, 1),
+        (0, 7, 1),
+        (0, 3, 5),
+        (1, 0, 1),
+        (2, 0, 1),
+        (3, 1, 1),
+        (3, 20, 5),
+        (4, 4, 5),
+        (4, 8, 1),
+    ]
+    for row, first, count in places:
+        at = int(inputs[2].query_start_loc[row]) + first
+        some = attend("xla", case, chunk(inputs, row, at, count), deterministic=True)
+        np.testing.assert_array_equal(some, together[at : at + count], err_msg=f"row {row}, token {first}")
 
 
 DOCUMENTS = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3], np.int32)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import numpy as np
@@ -17,9 +18,22 @@ from jaxpaged.sampling_rows import (
 )
 
 MAX_LOGPROBS = 5
-compiled_sample = jax.jit(
-    sampler.sample, static_argnames=("max_logprobs", "logprobs_mode"), donate_argnames="state"
-)
+
+
+@partial(jax.jit, static_argnames=("max_logprobs", "logprobs_mode"), donate_argnames="state")
+def compiled_sample(
+    logits: jax.Array,
+    state: sampler.SamplerState,
+    batch: sampler.SamplingBatch,
+    *,
+    max_logprobs: int,
+    logprobs_mode: sampler.LogprobsMode = "raw_logprobs",
+) -> tuple[sampler.SampleOutput, sampler.SamplerState]:
+    """A token for each row, and the state with those tokens counted."""
+    output = sampler.choose(logits, state, batch, max_logprobs=max_logprobs, logprobs_mode=logprobs_mode)
+    return output, sampler.count_tokens(state, batch.rows, output.tokens)
+
+
 compiled_set_row = jax.jit(sampler.set_row, donate_argnums=0)
 
 
