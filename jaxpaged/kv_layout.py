@@ -57,12 +57,10 @@ class KVLayout:
 
 
 def _group_size(counts: list[int]) -> int:
-    """Layers of a group: as many as possible without wasting too much, given how many layers of each kind there are."""
+    """Layers of a group: the fewest groups that do not waste too much, given how many layers of each kind there are."""
     if len(counts) == 1:
         return counts[0]
-
-    def waste(size: int) -> int:
-        return sum(-count % size for count in counts)
-
-    fitting = [size for size in range(1, max(counts) + 1) if waste(size) <= MAX_WASTE * sum(counts)]
-    return max(fitting)  # size 1 wastes nothing
+    sizes = range(1, max(counts) + 1)
+    num_groups = {size: sum(-(-count // size) for count in counts) for size in sizes}
+    fitting = [size for size in sizes if num_groups[size] * size <= (1 + MAX_WASTE) * sum(counts)]
+    return min(fitting, key=lambda size: (num_groups[size], size))  # size 1 wastes nothing

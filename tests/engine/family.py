@@ -6,10 +6,11 @@ on many engines of ``tiny.SIZES`` for the price of one.
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxpaged import Engine
@@ -87,3 +88,46 @@ class Clock:
         self.ahead = 0.0
         now = time.monotonic
         monkeypatch.setattr(time, "monotonic", lambda: now() + self.ahead)
+
+
+class Watched:
+    """A step's tokens that tell when they are fetched."""
+
+    def __init__(self, array: Any, fetched: Callable[[], None]) -> None:
+        self.array = array
+        self.fetched = fetched
+
+    def __array__(self, *arguments: Any, **named: Any) -> np.ndarray:
+        self.fetched()
+        return np.asarray(self.array, *arguments, **named)
+
+
+def watch(
+    monkeypatch: pytest.MonkeyPatch,
+    engine: Engine,
+    launched: Callable[[int], None],
+    fetched: Callable[[int], None],
+) -> None:
+    """Calls ``launched(i)`` before step ``i`` is handed over, ``fetched(i)`` as its tokens are asked for."""
+    runner = core_of(engine).runner
+    count = iter(range(10**6))
+    execute, execute_decode_steps = runner.execute, runner.execute_decode_steps
+
+    def one(*arguments: Any) -> Any:
+        number = next(count)
+        launched(number)
+        output = execute(*arguments)
+        tokens: Any = Watched(output.sampled.tokens, lambda: fetched(number))
+        return output._replace(sampled=output.sampled._replace(tokens=tokens))
+
+    def several(*arguments: Any) -> Any:
+        number = next(count)
+        launched(number)
+        return Watched(execute_decode_steps(*arguments), lambda: fetched(number))
+
+    monkeypatch.setattr(runner, "execute", one)
+    monkeypatch.setattr(runner, "execute_decode_steps", several)
+
+
+def in_flight(engine: Engine) -> int:
+    return len(core_of(engine)._launched)

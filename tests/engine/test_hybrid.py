@@ -214,6 +214,24 @@ def test_prefixes_of_any_length_after_any_eviction(ahead: bool) -> None:
         assert len(cached) > 5
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_forks_before_and_behind_a_window(ahead: bool) -> None:
+    """Where the parent's window has moved on nothing can be shared but what is still cached; the tokens are right."""
+    model = tiny_decoder(ALTERNATING)
+    arguments = {**SIZES, **FULL, "attention": "numba", "num_blocks": 60, "num_scheduler_steps": 1}
+    with sibling(ALTERNATING, async_scheduling=ahead, **arguments) as engine:
+        engine.add_request("parent", prompt_of(50), GREEDY.clone(max_tokens=40))
+        while not any(output.request_id == "parent" for output in engine.step()):
+            pass
+        for at in (3, 20, 45, 50, None):
+            engine.fork("parent", str(at), at=at, append_token_ids=[7], params=GREEDY)
+            engine.check_invariants()
+        for output in drain(engine).values():
+            assert is_dense_greedy(output.prompt_token_ids, output.outputs[0].token_ids, model)
+            if output.request_id in ("45", "50", "None"):
+                assert output.num_cached_tokens >= 44
+
+
 def test_a_checkpoint_with_windows_in_its_last_layers(tmp_path: Path) -> None:
     """Qwen 2: full attention up to ``max_window_layers``."""
     config = replace(

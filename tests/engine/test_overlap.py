@@ -1,7 +1,6 @@
 """Running one step ahead of the device: the same tokens, sooner; failures, interrupts and aborts in between."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,8 +9,18 @@ import pytest
 
 from jaxpaged import Engine, RequestOutput, RequestOutputKind, SamplingParams
 from jaxpaged.runner import _SMALL_PROGRAMS
-from tests.engine.family import FULL, LENGTHS, PARAMS, PROMPTS, core_of, sibling, unburdened
-from tests.engine.tiny import GREEDY, dense_greedy, drain, new_engine, prompt_of, tokens_of
+from tests.engine.family import (
+    FULL,
+    LENGTHS,
+    PARAMS,
+    PROMPTS,
+    core_of,
+    in_flight,
+    sibling,
+    unburdened,
+    watch,
+)
+from tests.engine.tiny import GREEDY, dense_greedy, drain, prompt_of, tokens_of
 
 DELTA = GREEDY.clone(output_kind=RequestOutputKind.DELTA)
 
@@ -180,49 +189,6 @@ def test_the_comparison_is_of_something(behind: Engine) -> None:
 # The order of events.
 
 
-class Watched:
-    """A step's tokens that tell when they are fetched."""
-
-    def __init__(self, array: Any, fetched: Callable[[], None]) -> None:
-        self.array = array
-        self.fetched = fetched
-
-    def __array__(self, *arguments: Any, **named: Any) -> np.ndarray:
-        self.fetched()
-        return np.asarray(self.array, *arguments, **named)
-
-
-def watch(
-    monkeypatch: pytest.MonkeyPatch,
-    engine: Engine,
-    launched: Callable[[int], None],
-    fetched: Callable[[int], None],
-) -> None:
-    """Calls ``launched(i)`` before step ``i`` is handed over, ``fetched(i)`` as its tokens are asked for."""
-    runner = core_of(engine).runner
-    count = iter(range(10**6))
-    execute, execute_decode_steps = runner.execute, runner.execute_decode_steps
-
-    def one(*arguments: Any) -> Any:
-        number = next(count)
-        launched(number)
-        output = execute(*arguments)
-        tokens: Any = Watched(output.sampled.tokens, lambda: fetched(number))
-        return output._replace(sampled=output.sampled._replace(tokens=tokens))
-
-    def several(*arguments: Any) -> Any:
-        number = next(count)
-        launched(number)
-        return Watched(execute_decode_steps(*arguments), lambda: fetched(number))
-
-    monkeypatch.setattr(runner, "execute", one)
-    monkeypatch.setattr(runner, "execute_decode_steps", several)
-
-
-def in_flight(engine: Engine) -> int:
-    return len(core_of(engine)._launched)
-
-
 def test_the_next_step_is_handed_over_before_the_last_is_fetched(
     ahead: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,196 +250,6 @@ def test_one_token_a_step_and_the_first_at_most_one_step_later(ahead: Engine, be
 def test_a_stream_brings_token_after_token(ahead: Engine, expected: list[list[int]]) -> None:
     parts = [output.outputs[0].token_ids for output in ahead.stream(PROMPTS[2], PARAMS[2])]
     assert parts == [[token] for token in expected[2]]
-
-
-# Failures.
-
-
-class Broken(RuntimeError):
-    """What the tests raise."""
-
-
-def strike(monkeypatch: pytest.MonkeyPatch, engine: Engine, number: int, where: str, what: str) -> None:
-    """Step ``number`` from now on fails where it is launched or fetched, and may take the device's state along."""
-
-    def raise_it(i: int) -> None:
-        if i != number:
-            return
-        if what == "interrupt":
-            raise KeyboardInterrupt
-        if what == "state lost":
-            for array in jax.tree.leaves(core_of(engine).runner.state):
-                array.delete()
-        raise Broken("no step today")
-
-    nothing: Callable[[int], None] = lambda i: None  # noqa: E731
-    watch(
-        monkeypatch,
-        engine,
-        raise_it if where == "launch" else nothing,
-        raise_it if where == "fetch" else nothing,
-    )
-
-
-PLACES = pytest.mark.parametrize("where", ["launch", "fetch"])
-
-
-@PLACES
-@pytest.mark.parametrize("what", ["error", "state lost"])
-@pytest.mark.parametrize("number", range(7))
-def test_a_step_that_fails_ends_its_requests_only(
-    ahead: Engine, monkeypatch: pytest.MonkeyPatch, number: int, where: str, what: str
-) -> None:
-    """Prompts in chunks, a shared prefix, forks: whatever the step that fails was to do for them."""
-    prompts = {"a": prompt_of(40), "b": [*prompt_of(40)[:33], 5, 6], "c": prompt_of(9), "late": prompt_of(3)}
-    in_step: set[str] = set()
-    plan = core_of(ahead).scheduler.schedule
-    planned = iter(range(10**6))
-
-    def schedule() -> Any:
-        step = plan()
-        if step.rows and next(planned) == number:
-            in_step.update(request.request_id for request, _ in step.rows)
-        return step
-
-    monkeypatch.setattr(core_of(ahead).scheduler, "schedule", schedule)
-    strike(monkeypatch, ahead, number, where, what)
-    for name in "abc":
-        ahead.add_request(name, prompts[name], GREEDY.clone(n=2 if name == "b" else 1))
-    outputs: dict[str, RequestOutput] = {}
-    for turn in range(100):
-        if turn == number + 1:  # its prompt comes with the step after the one that fails
-            ahead.add_request("late", prompts["late"], GREEDY)
-        outputs |= {output.request_id: output for output in ahead.step()}
-        ahead.check_invariants()
-        if turn > number and not ahead.has_unfinished_requests:
-            break
-    assert {name for name, output in outputs.items() if output.error is not None} == in_step != set()
-    for name, output in outputs.items():
-        wanted = dense_greedy(prompts[name], 16)
-        for completion in output.outputs:
-            tokens = completion.token_ids
-            assert tokens == (wanted[: len(tokens)] if output.error else wanted)
-            assert completion.finish_reason == ("error" if output.error else "length")
-    assert outputs.keys() == prompts.keys()
-    monkeypatch.undo()
-    for name, prompt in prompts.items():  # the names are free again, and no unwritten block is found
-        assert tokens_of(ahead.generate(prompt, GREEDY)) == [dense_greedy(prompt, 16)], name
-
-
-@pytest.mark.parametrize("where", ["launch", "fetch", "results"])
-@pytest.mark.parametrize("number", range(6))
-def test_an_interrupt_loses_nothing(
-    ahead: Engine, monkeypatch: pytest.MonkeyPatch, number: int, where: str
-) -> None:
-    """Ctrl-C anywhere: who goes on stepping gets every token once."""
-    if where == "results":
-        interrupt_in_results(monkeypatch, ahead, number)
-    else:
-        strike(monkeypatch, ahead, number, where, "interrupt")
-    prompts = {"a": prompt_of(22), "b": prompt_of(5), "c": prompt_of(3)}
-    ahead.add_request("a", prompts["a"], DELTA.clone(n=3))
-    ahead.add_request("b", prompts["b"], DELTA)
-    ahead.add_request("c", prompts["c"], DELTA.clone(logit_bias={7: 1e-9}, max_tokens=2))
-    got: dict[tuple[str, int], list[int]] = defaultdict(list)
-    interrupts = 0
-    while ahead.has_unfinished_requests:
-        try:
-            outputs = ahead.step()
-        except KeyboardInterrupt:
-            interrupts += 1
-            ahead.check_invariants()
-            continue
-        for output in outputs:
-            for completion in output.outputs:
-                got[output.request_id, completion.index] += completion.token_ids
-        ahead.check_invariants()
-    assert interrupts == 1
-    assert got == {
-        (name, index): dense_greedy(prompts[name], 2 if name == "c" else 16)
-        for name, index in [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("c", 0)]
-    }
-
-
-def interrupt_in_results(monkeypatch: pytest.MonkeyPatch, engine: Engine, number: int) -> None:
-    """The ``number``-th token is interrupted after the request has taken it, before anybody has seen it."""
-    results, count = core_of(engine).results, iter(range(10**6))
-    take = results._take_token
-
-    def interrupted(*arguments: Any) -> None:
-        if next(count) == number:
-            raise KeyboardInterrupt
-        take(*arguments)
-
-    monkeypatch.setattr(results, "_take_token", interrupted)
-
-
-@PLACES
-def test_an_interrupt_aborts_only_what_generate_began(
-    ahead: Engine, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    prompts = [prompt_of(22), prompt_of(5), prompt_of(9)]
-    ahead.add_request("other", prompts[0], GREEDY.clone(n=3))
-    strike(monkeypatch, ahead, 3, where, "interrupt")
-    with pytest.raises(KeyboardInterrupt):
-        ahead.generate(prompts[1:], GREEDY)
-    assert list(ahead.block_tables()) == ["other"]
-    ahead.check_invariants()
-    for prompt in prompts[1:]:
-        assert tokens_of(ahead.generate(prompt, GREEDY)) == [dense_greedy(prompt, 16)]
-    last = drain(ahead)["other"]
-    assert [c.token_ids for c in last.outputs] == [dense_greedy(prompts[0], 16)] * 3
-
-
-# Requests that leave while a step is on its way.
-
-
-@pytest.mark.parametrize("steps", range(7))
-def test_abort_in_flight_and_the_name_again(ahead: Engine, steps: int) -> None:
-    prompt = prompt_of(22)
-    ahead.add_request("first", prompt_of(7), GREEDY)
-    ahead.add_request("doomed", prompt, GREEDY.clone(n=3))
-    for _ in range(steps):
-        ahead.step()
-    assert in_flight(ahead) == (steps > 0)
-    ahead.abort_request("doomed")
-    ahead.check_invariants()
-    other = prompt_of(13, seed=4)  # takes row and blocks of the old one
-    ahead.add_request("doomed", other, GREEDY)
-    ends = defaultdict(list)
-    while ahead.has_unfinished_requests:
-        for output in ahead.step():
-            if output.finished:
-                ends[output.request_id].append((output.outputs[0].finish_reason, output.outputs[0].token_ids))
-        ahead.check_invariants()
-    assert [reason for reason, _ in ends["doomed"]] == ["abort", "length"]
-    assert ends["doomed"][1][1] == dense_greedy(other, 16)
-    assert ends["first"] == [("length", dense_greedy(prompt_of(7), 16))]
-
-
-def test_a_dropped_stream(ahead: Engine) -> None:
-    for count in range(5):
-        stream = ahead.stream(prompt_of(9), GREEDY)
-        for _, _ in zip(range(count), stream, strict=False):
-            pass
-        del stream
-        assert ahead.block_tables() == {}
-        ahead.check_invariants()
-    assert tokens_of(ahead.generate(prompt_of(9), GREEDY)) == [dense_greedy(prompt_of(9), 16)]
-
-
-def test_close_with_a_step_in_flight() -> None:
-    engine = new_engine(async_scheduling=True, num_host_blocks=8)
-    with sibling() as other:  # for its programs
-        programs = core_of(other).runner._programs
-        core_of(engine).runner._programs.update(programs)
-        engine.add_request("left", prompt_of(5), GREEDY)
-        engine.step()
-        assert in_flight(engine) == 1
-        state = core_of(engine).runner.state
-        engine.close()
-        assert all(array.is_deleted() for array in jax.tree.leaves(state))
-        assert tokens_of(other.generate(prompt_of(5), GREEDY)) == [dense_greedy(prompt_of(5), 16)]
 
 
 # Compilation.
