@@ -105,7 +105,7 @@ class BlockSpace:
         """Blocks that one request of so many computed tokens needs at most, in steps of up to ``max_chunk``."""
         every = -(-num_tokens // self.block_size)
         return sum(
-            every if window is None else min(every, (window + max_chunk - 2) // self.block_size + 2)
+            every if window is None else min(every, (window + max_chunk - 3) // self.block_size + 2)
             for window in self.windows
         )
 
