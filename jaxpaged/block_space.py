@@ -297,8 +297,22 @@ class BlockSpace:
             table.ids[index] = target
             self.stats.copied += 1
             self.stats.allocated += 1
+        if request.may_share:
+            self._forget_overwritten(request)
         self.append_blocks(request, num_tokens)
         return bool(shared)
+
+    def _forget_overwritten(self, request: Request) -> None:
+        """A fork that alone is left with a full block writes into it: its old content must not be found any more."""
+        index = request.num_computed_tokens // self.block_size
+        for group, table in enumerate(request.tables):
+            key = self.cache.key_of(table.ids[index]) if index < len(table.ids) else None
+            if key is None:
+                continue
+            self._hash_full_blocks(request, request.num_tokens)
+            own = request.block_hashes[index : index + 1]
+            if not own or group_key(own[0], group) != key:
+                self.cache.forget(table.ids[index])
 
     def append_blocks(self, request: Request, num_tokens: int) -> None:
         """Adds the blocks that ``num_tokens`` tokens still miss; the caller saw that they are free."""
