@@ -1,5 +1,6 @@
 """Prefix cache and block space: what is found is what was computed, and nothing else."""
 
+from collections import Counter
 from typing import Any
 
 import hypothesis
@@ -71,6 +72,7 @@ class BlockSpaceMachine(RuleBasedStateMachine):
         for index in range(first, target // size):
             self.content[request.table.ids[index]] = self.prefix(request, index)
         self.space.publish(request, target)
+        self.space.unused.written(target - request.num_computed_tokens)
         request.num_computed_tokens = target
 
     @precondition(lambda self: self.requests)
@@ -115,7 +117,7 @@ class BlockSpaceMachine(RuleBasedStateMachine):
 
     @rule()
     def new_weights(self) -> None:
-        self.space.cache.clear()
+        self.space.forget_everything()
 
     @invariant()
     def agrees(self) -> None:
@@ -125,10 +127,24 @@ class BlockSpaceMachine(RuleBasedStateMachine):
         for request in self.requests:
             for index, block in enumerate(self.blocks_of(request)):
                 assert self.content[block] == self.prefix(request, index), "a block was overwritten"
-        for block in [block for block in self.content if block in self.space.cache]:
+        for block in self.space.cache.blocks:
             salt, *tokens = self.content[block]
             digest = block_hashes(tokens, self.space.block_size, salt=salt)[-1]
             assert self.space.cache.key_of(block) == digest, "would be found as what it is not"
+        self.agrees_on_slots()
+
+    def agrees_on_slots(self) -> None:
+        """What is unused, cached and shared, counted block by block."""
+        space, size = self.space, self.space.block_size
+        filled: Counter[int] = Counter()
+        for request in self.requests:
+            for index, block in enumerate(request.table.ids):
+                filled[block] = max(filled[block], min(size, request.num_computed_tokens - index * size))
+        assert space.unused.count() == sum(size - tokens for tokens in filled.values())
+        free = [block for block in range(1, space.num_blocks) if space.allocator.is_free(block)]
+        assert space.allocator.num_cached == len([block for block in free if block in space.cache])
+        held = Counter(space.allocator.count(block) for block in filled)
+        assert space.allocator.holders == held
 
 
 TestBlockSpace: Any = BlockSpaceMachine.TestCase
@@ -148,6 +164,7 @@ def test_a_branch_that_is_left_alone_with_a_full_block(tokens: list[int], num_fo
     space.enter(parent, space.plan_entry(parent))
     space.grow(parent, 9)
     space.publish(parent, 9)
+    space.unused.written(9)
     parent.num_computed_tokens = 9
     assert space.fork(parent, child, 5)
     space.release(parent)
