@@ -1,7 +1,6 @@
 """Who gives way when memory is short, and how: computed again later, or moved to the host and back."""
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
@@ -34,7 +33,7 @@ class Preemption:
         self._space = space
         self._mode = mode
         self.cost = cost
-        self.counts: Counter[str] = Counter()  # by "recompute" or "swap"
+        self.counts = {"recompute": 0, "swap": 0}
 
     @property
     def num_preemptions(self) -> int:

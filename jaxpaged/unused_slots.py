@@ -29,6 +29,8 @@ class UnusedSlots:
 
     def count(self) -> int:
         """The slots; O(1) for each request that may share its last block."""
+        if not self._sharing:
+            return self._sum
         # Holders of a block that is not full end in it and may share it. Whoever else holds one has filled it.
         ends: dict[int, list[int]] = {}
         for request in self._sharing:
