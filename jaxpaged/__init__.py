@@ -5,21 +5,26 @@ from typing import TYPE_CHECKING
 from jaxpaged.models.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
+    from jaxpaged.block_trace import BlockTrace
     from jaxpaged.engine import Engine
     from jaxpaged.outputs import CompletionOutput, EngineStats, Logprob, RequestOutput
     from jaxpaged.pallas_kernels import AttentionVariant
+    from jaxpaged.records import IterationRecord, RequestRecord
     from jaxpaged.sampling_params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionVariant",
+    "BlockTrace",
     "CompletionOutput",
     "Engine",
     "EngineStats",
+    "IterationRecord",
     "Logprob",
     "RequestOutput",
     "RequestOutputKind",
+    "RequestRecord",
     "SamplingParams",
 ]
 
@@ -28,12 +33,15 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "AttentionVariant": "jaxpaged.pallas_kernels",
+        "BlockTrace": "jaxpaged.block_trace",
         "CompletionOutput": "jaxpaged.outputs",
         "Engine": "jaxpaged.engine",
         "EngineStats": "jaxpaged.outputs",
+        "IterationRecord": "jaxpaged.records",
         "Logprob": "jaxpaged.outputs",
         "RequestOutput": "jaxpaged.outputs",
         "RequestOutputKind": "jaxpaged.sampling_params",
+        "RequestRecord": "jaxpaged.records",
         "SamplingParams": "jaxpaged.sampling_params",
     },
 )

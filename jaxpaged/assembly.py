@@ -58,6 +58,12 @@ def check_types(model: object, params: object, tokenizer: object, variant: objec
         raise InvalidRequestError("compilation_cache_dir", folder, "must be a path")
 
 
+def keep_compiled_programs(folder: str | os.PathLike[str]) -> None:
+    """Turns on JAX's persistent compilation cache in ``folder``, for this process."""
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 def with_weights(model: Decoder, params: Any) -> Decoder:
     """The decoder over ``params``, or over its own weights; missing, foreign and misshapen ones are found here."""
     own, merge = split_parameters(model)

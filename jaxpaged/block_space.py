@@ -16,6 +16,7 @@ from jaxpaged.pinned_prefixes import PinnedPrefixes
 from jaxpaged.prefix_cache import PrefixCache, block_hashes, group_key
 from jaxpaged.request import Request
 from jaxpaged.step_plan import Move, MoveKind
+from jaxpaged.unused_slots import UnusedSlots
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class BlockStats:
     swapped_in: int = 0  # and came back
     demoted: int = 0  # evicted prefix blocks that went to the host
     promoted: int = 0  # and came back
+    requests_swapped_in: int = 0
     prefix_queries: int = 0  # tokens that were looked up
     prefix_hits: int = 0  # tokens that were found
 
@@ -73,10 +75,12 @@ class BlockSpace:
 
     def __post_init__(self) -> None:
         self.cache = PrefixCache()
-        self.allocator = BlockAllocator(self.num_blocks, on_reuse=self._evict)
+        self.allocator = BlockAllocator(self.num_blocks, self._evict, self.cache.blocks)
         self.pins = PinnedPrefixes(self.allocator, self.cache)
         self.has_windows = any(window is not None for window in self.windows)
         self._moves: list[Move] = []
+        self.unused = UnusedSlots(self.allocator, self.block_size, len(self.windows))
+        self.num_swapped = 0  # requests whose blocks are on the host
 
     def _evict(self, block: int) -> None:
         """A free block is about to get a new owner: what it holds goes to the host, if that has room."""
@@ -206,8 +210,10 @@ class BlockSpace:
             table.ids.extend(item if item >= 0 else self._load(-1 - item) for item in items)
         self._leave_host(request if was_swapped else None, loads)
         request.num_computed_tokens = entry.num_computed_tokens
+        self.unused.joined(request)
         if was_swapped:
             self.stats.swapped_in += len(loads)
+            self.stats.requests_swapped_in += 1
             return
         request.num_cached_tokens = entry.num_computed_tokens
         self.stats.promoted += len(loads)
@@ -231,6 +237,7 @@ class BlockSpace:
         elif request.host_tables is not None:
             self.host.release(block for table in request.host_tables for block in table if block >= 0)
             request.host_tables = None
+            self.num_swapped -= 1
 
     def fork(self, parent: Request, child: Request, num_tokens: int) -> bool:
         """Lets ``child`` share the blocks of the parent's first ``num_tokens`` computed tokens.
@@ -251,7 +258,9 @@ class BlockSpace:
                 self.allocator.hold(block)
             own.ids.extend([DUMMY_BLOCK] * first + theirs.ids[first:end])
         child.num_computed_tokens = num_tokens
-        parent.may_share = child.may_share = True
+        self.unused.joined(child)
+        for request in (parent, child):
+            self.unused.set_sharing(request, True)
         return True
 
     # Growing, while it runs.
@@ -298,15 +307,22 @@ class BlockSpace:
             self.stats.copied += 1
             self.stats.allocated += 1
         if request.may_share:
-            self._unpublish_first(request)
+            self._forget_overwritten(request)
+            # From here on it ends in a block of its own: others share full ones only, until the next fork.
+            self.unused.set_sharing(request, False)
         self.append_blocks(request, num_tokens)
         return bool(shared)
 
-    def _unpublish_first(self, request: Request) -> None:
-        """A fork that is left alone with a full block of its parent's writes its own tokens into it."""
+    def _forget_overwritten(self, request: Request) -> None:
+        """A fork that alone is left with a full block writes into it: its old content must not be found any more."""
         index = request.num_computed_tokens // self.block_size
-        for table in request.tables:
-            if index < len(table.ids):
+        for group, table in enumerate(request.tables):
+            key = self.cache.key_of(table.ids[index]) if index < len(table.ids) else None
+            if key is None:
+                continue
+            self._hash_full_blocks(request, request.num_tokens)
+            own = request.block_hashes[index : index + 1]
+            if not own or group_key(own[0], group) != key:
                 self.cache.forget(table.ids[index])
 
     def append_blocks(self, request: Request, num_tokens: int) -> None:
@@ -318,6 +334,7 @@ class BlockSpace:
             for _ in range(missing):
                 table.ids.append(self.allocator.allocate())
         self.stats.allocated += missing * len(request.tables)
+        self.unused.grown(missing * len(request.tables))
 
     def publish(self, request: Request, num_tokens: int) -> list[int]:
         """Makes the blocks that are full at ``num_tokens`` findable; returns those that are new in the cache.
@@ -351,6 +368,7 @@ class BlockSpace:
         for block in blocks:
             self.cache.forget(block)
             self.pins.forget(block)
+        self.allocator.recount_cached()
         if self.host is not None:
             for move in moves:
                 if move.kind is MoveKind.SWAP_OUT:
@@ -376,22 +394,24 @@ class BlockSpace:
         computed = request.num_computed_tokens
         self.release(request)
         request.num_computed_tokens, request.host_tables = computed, host_tables
+        self.num_swapped += 1
         self.stats.swapped_out += count
         return True
 
     def release(self, request: Request) -> None:
         """Lets go of all blocks of a request; nothing of it counts as computed any more."""
+        self.unused.left(request)
         for table in request.tables:
             self.allocator.release(block for block in reversed(table.ids) if block != DUMMY_BLOCK)
             table.clear()
         self._leave_host(request, [])
         request.num_computed_tokens = request.num_published = 0
-        request.may_share = False
 
     def forget_everything(self) -> None:
         """The content of the pool was lost: no prefix is to be found, here or on the host; pins wait anew."""
         self.pins.release_blocks()
         self.cache.clear()
+        self.allocator.recount_cached()
         if self.host is not None:
             self.host.clear()
 
@@ -414,6 +434,8 @@ class BlockSpace:
             if request.host_tables is not None:
                 assert not request.holds_blocks, "in the pool and swapped out"
                 on_host += [block for table in request.host_tables for block in table if block >= 0]
+        assert self.num_swapped == sum(r.host_tables is not None for r in requests), "swapped out miscounted"
+        self.unused.check_invariants(requests)
         self.allocator.check_invariants(holders)
         self.cache.check_invariants()
         if self.host is not None:

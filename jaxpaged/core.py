@@ -8,19 +8,21 @@ the last, and a token is shown as soon as it is there.
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from jaxpaged.batch import BatchBuilder
+from jaxpaged.bookkeeping import Bookkeeping
 from jaxpaged.device_rows import DeviceRows
 from jaxpaged.errors import UnknownRequestError
 from jaxpaged.generation import Generation
 from jaxpaged.host_pool import HostPoolStats
 from jaxpaged.memory import MemoryReport
-from jaxpaged.outputs import EngineStats, RequestOutput
+from jaxpaged.outputs import RequestOutput
 from jaxpaged.program import StepOutput
+from jaxpaged.records import IterationRecord
 from jaxpaged.request import Request, RequestStatus
 from jaxpaged.results import Results, StepTokens
 from jaxpaged.runner import BlocksLostError, Runner
@@ -39,6 +41,7 @@ class _Launched:
     tokens: Any  # int32 [B], or [num_steps, B] for several steps
     begun: float  # ``time.perf_counter`` when it was handed over
     compiled: bool  # whether its program had to be compiled first
+    record: IterationRecord = field(init=False)
 
 
 class EngineCore:
@@ -67,7 +70,7 @@ class EngineCore:
         self._rows = DeviceRows(builder, runner, self.results.home, vocab_size)
         self._launched: deque[_Launched] = deque()
         self._outputs: list[RequestOutput] = []  # those that an interrupted step could not return
-        self._stats = EngineStats()
+        self.books = Bookkeeping(scheduler, self.results, runner)
         self._last_computed = 0.0
         self._moved = HostPoolStats()
 
@@ -89,7 +92,7 @@ class EngineCore:
         """
         self.results.add(generation)
         self.scheduler.add(generation.completions[0].request)
-        self._stats.num_prompt_tokens += len(generation.prompt_token_ids)
+        self.books.totals.num_prompt_tokens += len(generation.prompt_token_ids)
 
     def fork(self, generation: Generation, parent: Request) -> None:
         """Queues a request whose tokens begin with some of ``parent``'s, whose blocks it shares.
@@ -99,7 +102,7 @@ class EngineCore:
         """
         self.results.add(generation)
         self.scheduler.fork(parent, generation.completions[0].request)
-        self._stats.num_prompt_tokens += len(generation.prompt_token_ids)
+        self.books.totals.num_prompt_tokens += len(generation.prompt_token_ids)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request now; returns its last output.
@@ -142,10 +145,10 @@ class EngineCore:
 
     def _launch(self) -> list[RequestOutput]:
         """Plans a step and hands it to the device; returns outputs only of requests that this ended."""
-        stats, begun = self._stats, time.perf_counter()
+        begun = time.perf_counter()
         step = self.scheduler.schedule()
         scheduled = time.perf_counter()
-        stats.schedule_time += scheduled - begun
+        self.books.totals.schedule_time += scheduled - begun
         try:
             if not step.rows:
                 self.runner.move_blocks(step.moves)
@@ -169,11 +172,8 @@ class EngineCore:
         self._launched.append(launched)
         self.scheduler.advance(step)
         self.runner.stage(self.scheduler.next_loads())
-        stats.num_steps += step.num_steps
-        stats.num_tokens += step.num_tokens * step.num_steps
-        stats.num_padded_tokens += (bucket - step.num_tokens) * step.num_steps
-        stats.build_time += built - scheduled
-        stats.device_time += time.perf_counter() - built
+        times = (scheduled - begun, built - scheduled, time.perf_counter() - built)
+        launched.record = self.books.launched(step, bucket, times)
         return []
 
     def _execute(self, step: ScheduledStep, bucket: int, buffer: np.ndarray) -> _Launched:
@@ -194,7 +194,9 @@ class EngineCore:
             try:
                 tokens = np.asarray(launched.tokens).reshape(launched.step.num_steps, -1).tolist()
             except Exception as error:
+                computed = time.perf_counter()
                 outputs += self._fail(launched.step, error)
+                self.books.collected(launched.step, launched.record, begun, computed)
                 continue
             except BaseException:
                 self._recover_state()
@@ -209,8 +211,7 @@ class EngineCore:
                 self._start_over()
                 self._outputs += self.results.settle()
                 raise
-            self._stats.device_time += computed - begun
-            self._stats.update_time += time.perf_counter() - computed
+            self.books.collected(launched.step, launched.record, begun, computed)
         return outputs
 
     def _learn(self, launched: _Launched, computed: float) -> None:
@@ -267,28 +268,9 @@ class EngineCore:
         self.scheduler.restart()
         self._rows.forget()
 
-    def stats(self) -> EngineStats:
-        """A snapshot of the counters."""
-        space, scheduler, runner = self.scheduler.space, self.scheduler, self.runner
-        stats, allocator = self._stats, self.scheduler.space.allocator
-        stats.num_generation_tokens = self.results.num_generation_tokens
-        stats.num_requests_running = len(scheduler.running)
-        stats.num_requests_waiting = len(scheduler.waiting)
-        stats.num_preemptions = scheduler.num_preemptions
-        stats.num_compiles, stats.compile_time = runner.num_compiles, runner.compile_seconds
-        stats.num_blocks, stats.num_free_blocks = allocator.num_usable, allocator.num_free
-        stats.kv_cache_usage_perc = allocator.num_live / allocator.num_usable
-        stats.prefix_cache_queries, stats.prefix_cache_hits = (
-            space.stats.prefix_queries,
-            space.stats.prefix_hits,
-        )
-        stats.blocks_allocated, stats.blocks_reused = space.stats.allocated, space.stats.reused
-        stats.blocks_evicted, stats.blocks_copied = space.stats.evicted, space.stats.copied
-        stats.finished = dict(self.results.finished)
-        return replace(stats)
-
     def check_invariants(self) -> None:
         """Asserts the invariants of the engine and everything below it."""
         assert len(self._launched) <= self.overlap, "more steps under way than there may be"
         self.scheduler.check_invariants()
         self.results.check_invariants()
+        self.books.check_invariants()

@@ -11,8 +11,9 @@ from typing import Any, Self
 import jax
 from tqdm import tqdm
 
-from jaxpaged.assembly import assemble, check_types, resolve, with_weights
-from jaxpaged.call_arguments import listed_prompts, one_each
+from jaxpaged.assembly import assemble, check_types, keep_compiled_programs, resolve, with_weights
+from jaxpaged.block_trace import BlockTrace
+from jaxpaged.call_arguments import branched_off, listed_prompts, one_each
 from jaxpaged.core import EngineCore
 from jaxpaged.errors import EngineClosedError, InvalidRequestError, UnknownRequestError
 from jaxpaged.generation import Generation
@@ -21,6 +22,7 @@ from jaxpaged.memory import MemoryReport
 from jaxpaged.models import Decoder
 from jaxpaged.outputs import EngineStats, RequestOutput
 from jaxpaged.pallas_kernels import AttentionVariant
+from jaxpaged.records import IterationRecord, RequestRecord
 from jaxpaged.sampling_params import RequestOutputKind, SamplingParams
 from jaxpaged.tokenizer import Tokenizer
 
@@ -176,16 +178,8 @@ class Engine:
         found = self._live.generations.get(request_id)
         if found is None:
             raise UnknownRequestError("request_id", request_id, "no live request has this id")
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(found.completions):
-            raise InvalidRequestError("index", index, f"must be in [0, {len(found.completions) - 1}]")
-        parent = found.completions[index].request
-        at = parent.num_tokens if at is None else at
-        if isinstance(at, bool) or not isinstance(at, int) or not 1 <= at <= parent.num_tokens:
-            raise InvalidRequestError("at", at, f"must be in [1, {parent.num_tokens}], the tokens there are")
-        if isinstance(append_token_ids, str | bytes) or not isinstance(append_token_ids, Sequence):
-            raise InvalidRequestError("append_token_ids", append_token_ids, "must be token ids")
+        parent, tokens = branched_off(found, index, at, append_token_ids)
         handling = Handling(priority=parent.priority, tenant=parent.tenant, cache_salt=parent.cache_salt)
-        tokens = [*parent.token_ids[:at], *append_token_ids]
         generation = self._intake.generation(
             new_request_id, tokens, found.params if params is None else params, handling
         )
@@ -373,7 +367,35 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot of the engine's counters and times."""
-        return self._live.stats()
+        return self._live.books.stats()
+
+    def iteration_records(self) -> list[IterationRecord]:
+        """What each of the latest thousand steps was like, the newest last; copies."""
+        return self._live.books.records.iterations()
+
+    def request_records(self) -> list[RequestRecord]:
+        """What each of the thousand completions that ended last was like, the newest last; copies."""
+        return self._live.books.records.requests()
+
+    def trace_blocks(self, max_steps: int = 2000) -> BlockTrace:
+        """A trace that notes what every block is after each step from now on, a byte a block.
+
+        It goes on until ``stop_tracing``, or until the next call begins another one, and costs 0.1 to 0.2 microseconds
+        a block and step. ``jaxpaged.plot.block_map`` draws it.
+
+        Args:
+          max_steps: samples to keep; of a longer run every second one stays, then every fourth, and so on.
+
+        Raises:
+          InvalidRequestError: ``max_steps`` is no integer of at least 2.
+        """
+        books = self._live.books
+        books.trace = BlockTrace(self._live.scheduler.space.num_blocks, max_steps)
+        return books.trace
+
+    def stop_tracing(self) -> None:
+        """Ends ``trace_blocks``; what was noted stays in the trace."""
+        self._live.books.trace = None
 
     def memory_report(self) -> MemoryReport:
         """Where memory goes, and what the size of the pool follows from."""
@@ -411,12 +433,6 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def keep_compiled_programs(folder: str | os.PathLike[str]) -> None:
-    """Turns on JAX's persistent compilation cache in ``folder``, for this process."""
-    jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _eos_token_ids(configured: tuple[int, ...], tokenizer: Tokenizer | None) -> frozenset[int]:

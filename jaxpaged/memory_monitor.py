@@ -9,11 +9,14 @@ the same is the scheduler's business (preemption).
 import enum
 import logging
 import math
+import time
 from dataclasses import dataclass
 
 from jaxpaged.errors import InvalidRequestError
 
 logger = logging.getLogger(__name__)
+
+LOG_SECONDS = 10.0  # a small pool may enter a level, other than CRITICAL, every few steps
 
 
 class MemoryLevel(enum.Enum):
@@ -52,6 +55,8 @@ class MemoryMonitor:
     Half the tokens are still one for every request that runs: nobody's decoding stops. With nothing running the
     advice is always to admit, with all tokens, so whatever holds the blocks cannot bring the engine to a halt.
 
+    Each change is logged, but the beginning of NORMAL or WARNING at most once in ``LOG_SECONDS``.
+
     Invariants (``check_invariants``): ``level`` was entered as often as ``num_transitions`` says, so one other than
     NORMAL at least once; the last ``usage`` is within what its level allows.
 
@@ -85,6 +90,7 @@ class MemoryMonitor:
         self.level = MemoryLevel.NORMAL
         self.usage = 0.0
         self.num_transitions = dict.fromkeys(MemoryLevel, 0)  # how often each level was entered
+        self._logged = dict.fromkeys(MemoryLevel, -math.inf)  # when its last beginning was logged
 
     def observe(self, num_live: int, num_usable: int, num_running: int, token_budget: int) -> MemoryAdvice:
         """Takes in the state before a step and advises it.
@@ -123,6 +129,10 @@ class MemoryMonitor:
     def _enter(self, level: MemoryLevel, num_free: int) -> None:
         self.level = level
         self.num_transitions[level] += 1
+        now = time.monotonic()
+        if level is not MemoryLevel.CRITICAL and now - self._logged[level] < LOG_SECONDS:
+            return
+        self._logged[level] = now
         logger.log(
             logging.INFO if level is MemoryLevel.NORMAL else logging.WARNING,
             "KV memory %s: %.1f%% of the blocks in use, %d free",

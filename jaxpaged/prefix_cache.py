@@ -8,7 +8,7 @@ the client's choice.
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 
 def block_hashes(
@@ -56,6 +56,11 @@ class PrefixCache:
 
     def __contains__(self, block: int) -> bool:
         return block in self._hash_of
+
+    @property
+    def blocks(self) -> Collection[int]:
+        """The cached blocks, live or free; changes with the cache."""
+        return self._hash_of.keys()
 
     def get(self, digest: bytes) -> int | None:
         """The block of a hash."""

@@ -5,8 +5,10 @@ iteration statistics; times of a request are defined as serving benchmarks defin
 """
 
 import copy
+import itertools
+from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -25,7 +27,8 @@ class IterationRecord:
       num_padded_tokens: tokens of the bucket beyond those.
       num_generation_tokens: tokens sampled and kept.
       num_free_blocks: blocks nobody holds, of which ``num_cached_blocks`` hold a prefix that can be found.
-      num_kv_tokens: tokens whose keys and values lie in live blocks.
+      num_kv_tokens: slots of live blocks that hold something. A token has one in each group of layers that has block
+        tables of its own; those of a block that several hold count once.
       blocks_allocated, num_preempted, num_swapped_out, num_swapped_in: of this turn alone; the latter three count
         requests.
       schedule_time, build_time, device_time, update_time: as in ``EngineStats``.
@@ -71,12 +74,10 @@ class IterationRecord:
     def internal_fragmentation(self) -> float:
         """Share of the slots in live blocks that hold nothing; 0 when no block is live.
 
-        Blocks are filled front to back, so this is the unused end of each sequence's last block. Where
-        ``num_kv_tokens`` counts the tokens of a shared block once for each holder, the share comes out too
-        small, and is 0 where it would be negative.
+        Blocks are filled front to back, so this is the unused end of each sequence's last block.
         """
         slots = self.num_live_blocks * self.block_size
-        return max(0.0, 1.0 - self.num_kv_tokens / slots) if slots else 0.0
+        return 1.0 - self.num_kv_tokens / slots if slots else 0.0
 
 
 @dataclass(slots=True)
@@ -142,11 +143,15 @@ class RequestRecord:
         )
 
 
+Distribution = dict[str, float | None]
+REQUEST_TIMES = ("queue_time", "time_to_first_token", "time_per_output_token", "e2e_time")
+
+
 class Records:
     """The latest iterations and requests, the oldest dropped first.
 
-    Invariant: at most ``max_iterations`` and ``max_requests`` are kept. ``num_iterations`` and ``num_requests``
-    count all that ever came.
+    Invariants (``check_invariants``): at most ``max_iterations`` and ``max_requests`` are kept; percentiles are of
+    their times and no others. ``num_iterations`` and ``num_requests`` count all that ever came.
 
     Raises:
       InvalidRequestError: a limit is not an integer of at least 1.
@@ -160,6 +165,8 @@ class Records:
         self._requests: deque[RequestRecord] = deque(maxlen=max_requests)
         self.num_iterations = 0
         self.num_requests = 0
+        self._step_times = _SortedTimes("step_time")
+        self._request_times = [_SortedTimes(name) for name in REQUEST_TIMES]
 
     def add_iteration(self, record: IterationRecord) -> None:
         """Keeps a record, which nobody changes any more."""
@@ -183,31 +190,44 @@ class Records:
         """Forgets all records, for a measurement that begins now; the counts go on."""
         self._iterations.clear()
         self._requests.clear()
+        for times in (self._step_times, *self._request_times):
+            times.clear()
 
-    def summary(self) -> dict[str, dict[str, float | None]]:
+    def times(self) -> dict[str, Distribution]:
         """Distributions over the kept records: ``count``, ``mean``, ``p50``, ``p90`` and ``p99`` of seconds.
 
         Keys are ``step_time`` (a program of several steps counts as so many), ``queue_time``, ``time_to_first_token``,
         ``time_per_output_token`` and ``e2e_time``; requests that lack a time are left out of it. Percentiles
-        interpolate between neighbours. ``internal_fragmentation`` has ``count`` and ``mean`` alone: over the
-        iterations with a live block, each weighted with its time. What has no samples is None.
+        interpolate between neighbours. What has no samples is None. Takes a microsecond or two a record that is new
+        since the last call.
         """
-        steps = [time for r in self._iterations for time in [r.step_time] * r.num_steps]
-        requests = self._requests
-        return {
-            "step_time": _distribution(steps),
-            "queue_time": _distribution([r.queue_time for r in requests]),
-            "time_to_first_token": _distribution([r.time_to_first_token for r in requests]),
-            "time_per_output_token": _distribution([r.time_per_output_token for r in requests]),
-            "e2e_time": _distribution([r.e2e_time for r in requests]),
-            "internal_fragmentation": self._fragmentation(),
-        }
+        requests = {t.name: t.distribution(self._requests, self.num_requests) for t in self._request_times}
+        return {"step_time": self._step_times.distribution(self._iterations, self.num_iterations), **requests}
 
-    def _fragmentation(self) -> dict[str, float | None]:
+    def summary(self) -> dict[str, Distribution]:
+        """``times``, and ``internal_fragmentation`` with ``count`` and ``mean`` alone.
+
+        This is over the iterations with a live block, each weighted with its time; it looks at all of them.
+        """
+        return {**self.times(), "internal_fragmentation": self._fragmentation()}
+
+    def _fragmentation(self) -> Distribution:
         held = [r for r in self._iterations if r.num_live_blocks]
         seconds = sum(r.iteration_time for r in held)
         weighted = sum(r.iteration_time * r.internal_fragmentation for r in held)
         return {"count": len(held), "mean": weighted / seconds if seconds > 0 else None}
+
+    def check_invariants(self) -> None:
+        """Asserts the invariants."""
+        found = self.times()
+        assert len(self._iterations) <= (self._iterations.maxlen or 0), "too many iterations"
+        assert len(self._requests) <= (self._requests.maxlen or 0), "too many requests"
+        assert found["step_time"] == _SortedTimes("step_time").distribution(
+            self._iterations, len(self._iterations)
+        ), "step times of other records"
+        for name in REQUEST_TIMES:
+            again = _SortedTimes(name).distribution(self._requests, len(self._requests))
+            assert found[name] == again, f"{name} of other records"
 
 
 def percentile(ascending: Sequence[float], percent: float) -> float:
@@ -218,9 +238,48 @@ def percentile(ascending: Sequence[float], percent: float) -> float:
     return ascending[below] + (place - below) * (ascending[above] - ascending[below])
 
 
-def _distribution(samples: Sequence[float | None]) -> dict[str, float | None]:
-    known = sorted(sample for sample in samples if sample is not None)
-    if not known:
+class _SortedTimes:
+    """One of the times of the kept records in ascending order, brought up to date when it is asked for."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._num_seen = 0
+        self._arrived: deque[list[float]] = deque()  # what each record added to ``_ascending``
+        self._ascending: list[float] = []
+        self._distribution = _distribution([])
+
+    def clear(self) -> None:
+        """Forgets all samples."""
+        self._arrived.clear()
+        self._ascending.clear()
+        self._distribution = _distribution([])
+
+    def distribution(self, kept: Collection[IterationRecord | RequestRecord], num_ever: int) -> Distribution:
+        """Over the ``kept`` of ``num_ever`` records."""
+        num_new = min(num_ever - self._num_seen, len(kept))
+        self._num_seen = num_ever
+        if num_new:
+            for record in itertools.islice(kept, len(kept) - num_new, None):
+                self._add(record)
+            while len(self._arrived) > len(kept):
+                self._drop_oldest()
+            self._distribution = _distribution(self._ascending)
+        return dict(self._distribution)
+
+    def _add(self, record: IterationRecord | RequestRecord) -> None:
+        time: float | None = getattr(record, self.name)
+        count = record.num_steps if isinstance(record, IterationRecord) else 1
+        self._arrived.append([] if time is None else [time] * count)
+        for sample in self._arrived[-1]:
+            insort(self._ascending, sample)
+
+    def _drop_oldest(self) -> None:
+        for sample in self._arrived.popleft():
+            del self._ascending[bisect_left(self._ascending, sample)]
+
+
+def _distribution(ascending: Sequence[float]) -> Distribution:
+    if not ascending:
         return {"count": 0, "mean": None, "p50": None, "p90": None, "p99": None}
-    points = {f"p{percent}": percentile(known, percent) for percent in (50, 90, 99)}
-    return {"count": len(known), "mean": sum(known) / len(known), **points}
+    points = {f"p{percent}": percentile(ascending, percent) for percent in (50, 90, 99)}
+    return {"count": len(ascending), "mean": sum(ascending) / len(ascending), **points}

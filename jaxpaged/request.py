@@ -8,7 +8,13 @@ from jaxpaged.sampling_params import SamplingParams
 
 
 class RequestStatus(enum.Enum):
-    """Where a request is. The FINISHED values are those of ``finish_reason``."""
+    """Where a request is. The FINISHED values are those of ``finish_reason``.
+
+    ``is_finished`` says whether it will never run again. It is asked several times for each row of each step, so it is
+    an attribute: to look a member up in a set calls its hash, which is Python.
+    """
+
+    is_finished: bool
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -20,9 +26,8 @@ class RequestStatus(enum.Enum):
     FINISHED_ERROR = "error"
     FINISHED_TIMEOUT = "timeout"  # its deadline or its longest time in the queue has passed
 
-    def __init__(self, reason: str) -> None:
-        # Whether it will never run again. An attribute, for it is asked for every row of every step.
-        self.is_finished = reason in ("stop", "length", "abort", "error", "timeout")
+    def __init__(self, _value: str) -> None:
+        self.is_finished = self._name_.startswith("FINISHED")
 
 
 class Request:

@@ -12,6 +12,7 @@ from jaxpaged.errors import InvalidRequestError
 from jaxpaged.generation import Completion, Generation
 from jaxpaged.outputs import LogprobArrays, RequestOutput
 from jaxpaged.program import PromptLogprobs, StepOutput
+from jaxpaged.records import Records, RequestRecord
 from jaxpaged.request import Request, RequestStatus
 from jaxpaged.sampler import SampleOutput
 from jaxpaged.scheduler import Scheduler
@@ -47,7 +48,8 @@ class Results:
     """The generations under way, and what becomes of their tokens.
 
     Invariants (``check_invariants``): every unfinished request of the scheduler belongs to exactly one generation in
-    ``generations``; a generation leaves when its last completion has finished.
+    ``generations``; a generation leaves when its last completion has finished; each completion that finishes is
+    recorded once.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -57,6 +59,7 @@ class Results:
         self._taking = _Taking(ScheduledStep())
         self.finished: Counter[str] = Counter()  # completions by finish reason
         self.num_generation_tokens = 0
+        self.records = Records()
 
     def add(self, generation: Generation) -> None:
         """Takes a generation in.
@@ -159,9 +162,9 @@ class Results:
             if not completion.finished:
                 self._scheduler.finish(completion.request, RequestStatus.FINISHED_ERROR)
             if completion.request.status is RequestStatus.FINISHED_ERROR:
-                self.finished[RequestStatus.FINISHED_ERROR.value] += 1
                 with contextlib.suppress(Exception):  # it may be the text that failed
                     generation.finish(completion)
+                self._record(generation, completion)
 
     def _drop_forks(self, generation: Generation) -> None:
         """Nobody takes over the prompt of a request whose completions end together."""
@@ -174,8 +177,30 @@ class Results:
 
     def _note_finish(self, generation: Generation, completion: Completion) -> None:
         """The scheduler has ended the request; the rest of its text comes out."""
-        generation.finish(completion)
-        self.finished[completion.request.status.value] += 1
+        try:
+            generation.finish(completion)
+        finally:
+            self._record(generation, completion)
+
+    def _record(self, generation: Generation, completion: Completion) -> None:
+        request, metrics = completion.request, generation.metrics
+        self.finished[request.status.value] += 1
+        self.records.add_request(
+            RequestRecord.from_metrics(
+                request.request_id,
+                index=request.index,
+                arrival_time=metrics.arrival_time,
+                first_scheduled_time=metrics.first_scheduled_time,
+                first_token_time=metrics.first_token_time,
+                last_token_time=metrics.last_token_time,
+                finished_time=time.monotonic(),
+                num_prompt_tokens=request.num_prompt_tokens,
+                num_cached_tokens=request.num_cached_tokens,
+                num_generation_tokens=request.num_output_tokens,
+                num_preemptions=request.num_preemptions,
+                finish_reason=request.status.value,
+            )
+        )
 
     def close_if_done(self, generation: Generation) -> RequestOutput | None:
         """What to show of a generation, which leaves if it has finished."""

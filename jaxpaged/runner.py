@@ -7,6 +7,7 @@ sampler state) is donated and handed back, so it is updated in place and nothing
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -20,6 +21,7 @@ from jaxpaged.batch import BatchBuilder
 from jaxpaged.errors import RecompileError
 from jaxpaged.host_pool import HostPool
 from jaxpaged.models import Parameters
+from jaxpaged.outputs import CompileEvent
 from jaxpaged.pallas_kernels import copy_blocks, gather_blocks, scatter_blocks
 from jaxpaged.program import DeviceState, Programs, StepOutput
 from jaxpaged.sampler import set_bias_row, set_row
@@ -28,6 +30,7 @@ from jaxpaged.step_plan import Move, MoveKind
 logger = logging.getLogger(__name__)
 
 MOVE_WIDTH = 16  # blocks of one launch
+MAX_COMPILE_EVENTS = 100
 MAX_STAGED = 8  # launches whose blocks wait on the device for the step that takes them
 
 
@@ -73,12 +76,20 @@ class Runner:
         self.forbid_compile = False
         self.num_compiles = 0
         self.compile_seconds = 0.0
+        self.compile_events: deque[CompileEvent] = deque(maxlen=MAX_COMPILE_EVENTS)
 
     @property
     def state(self) -> DeviceState:
         """The live device state; it dies with the next step."""
         assert self._state is not None, "closed"
         return self._state
+
+    @property
+    def device_memory_in_use(self) -> int | None:
+        """Bytes that the device of the pool says are in use, by whomever; None where it does not say."""
+        device = min(self.state.pool.k.devices(), key=lambda device: device.id)
+        in_use = (device.memory_stats() or {}).get("bytes_in_use")
+        return None if in_use is None else int(in_use)
 
     @property
     def state_is_lost(self) -> bool:
@@ -139,6 +150,7 @@ class Runner:
         started = time.perf_counter()
         program = jitted.lower(*arguments).compile(self._functions.compiler_options)
         seconds = time.perf_counter() - started
+        self.compile_events.append(CompileEvent(time.monotonic(), shape, seconds))
         self.num_compiles += 1
         self.compile_seconds += seconds
         logger.info("compiled %s in %.2f s", shape, seconds)

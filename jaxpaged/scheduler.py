@@ -237,6 +237,7 @@ class Scheduler:
 
     def _admit(self, step: ScheduledStep, request: Request, entry: Entry, count: int) -> None:
         self.waiting.remove(request)
+        step.num_admitted += 1
         self.space.enter(request, entry)
         request.row = self._free_rows.pop()
         request.status = RequestStatus.RUNNING
@@ -269,6 +270,7 @@ class Scheduler:
     def advance(self, step: ScheduledStep) -> None:
         """The step is with the device: what it computes counts as computed from here on."""
         ahead = step.num_steps - 1
+        self.space.unused.written(step.num_tokens * step.num_steps)
         for index, (request, count) in enumerate(step.rows):
             step.starts.append(request.num_computed_tokens)
             request.num_computed_tokens = done = request.num_computed_tokens + count + ahead

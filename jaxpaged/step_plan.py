@@ -34,6 +34,7 @@ class ScheduledStep:
     preempted: list[Request] = field(default_factory=list)
     published: list[int] = field(default_factory=list)  # blocks this step makes findable
     num_tokens: int = 0
+    num_admitted: int = 0  # requests that did not run before
     num_steps: int = 1  # more: every row decodes so many tokens, one after the other, in one program
     # Filled by ``Scheduler.advance``: the rows that sample, and each row's first position.
     sampling: list[int] = field(default_factory=list)

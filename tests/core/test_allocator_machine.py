@@ -1,6 +1,7 @@
 """The block allocator against a model of plain Python sets and lists."""
 
 import time
+from collections import Counter
 from typing import Any
 
 import hypothesis
@@ -17,9 +18,25 @@ class AllocatorMachine(RuleBasedStateMachine):
     @initialize(num_blocks=st.integers(2, 9))
     def start(self, num_blocks: int) -> None:
         self.reused: list[int] = []
-        self.allocator = BlockAllocator(num_blocks, on_reuse=self.reused.append)
+        self.cached: set[int] = set()
+        self.allocator = BlockAllocator(num_blocks, on_reuse=self.reuse, cached=self.cached)
         self.holders: dict[int, int] = {}
         self.free = list(range(1, num_blocks))
+
+    def reuse(self, block: int) -> None:
+        self.reused.append(block)
+        self.cached.discard(block)
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def cache(self, data: st.DataObject) -> None:
+        self.cached.add(data.draw(st.sampled_from(sorted(self.holders))))
+
+    @precondition(lambda self: self.cached)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        self.cached.remove(data.draw(st.sampled_from(sorted(self.cached))))
+        self.allocator.recount_cached()
 
     @precondition(lambda self: self.free)
     @rule()
@@ -79,6 +96,9 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert self.allocator.num_free == len(self.free)
         assert self.allocator.num_live == len(self.holders)
         assert self.allocator.num_free + self.allocator.num_live == self.allocator.num_usable
+        assert self.allocator.num_cached == len(self.cached.intersection(self.free))
+        assert self.allocator.holders == Counter(self.holders.values())
+        assert list(self.allocator.holders) == sorted(self.allocator.holders)
         for block in range(1, self.allocator.num_blocks):
             assert self.allocator.is_free(block) == (block in self.free) == (block not in self.holders)
             assert self.allocator.count(block) == self.holders.get(block, 0)

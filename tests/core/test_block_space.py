@@ -20,6 +20,7 @@ def compute(space: BlockSpace, request: Request, target: int) -> None:
     assert space.blocks_to_grow(request, target) <= space.num_free
     space.grow(request, target)
     space.publish(request, target)
+    space.unused.written(target - request.num_computed_tokens)
     request.num_computed_tokens = target
 
 
@@ -120,7 +121,7 @@ def test_a_prefix_is_found_when_the_window_finds_its_last_blocks() -> None:
     ids = list(first.table.ids)
     space.release(first)
     for block in ids[:4]:
-        space.cache.forget(block)
+        space.unpublish([block])
     entry = space.plan_entry(request_of(space, [*range(12), 99]))
     assert (entry.num_computed_tokens, entry.tables) == (12, [[0, 0, 0, 0, 0, ids[5]]]), (
         "token 12 sees 10 and 11"
@@ -147,12 +148,12 @@ def test_a_prefix_ends_where_any_group_has_lost_a_block_it_needs() -> None:
     compute(space, first, 12)
     full, windowed = [list(table) for table in first.tables]
     space.release(first)
-    space.cache.forget(windowed[5])
+    space.unpublish([windowed[5]])
     again = request_of(space, [*range(12), 99])
     assert space.plan_entry(again).tables == [full[:5], [0, 0, 0, 0, windowed[4]]]
-    space.cache.forget(full[3])
+    space.unpublish([full[3]])
     assert space.plan_entry(again).tables == [full[:3], [0, 0, windowed[2]]]
-    space.cache.forget(full[0])
+    space.unpublish([full[0]])
     assert space.plan_entry(again).tables == [[], []]
 
 

@@ -1,6 +1,8 @@
 """The memory monitor: levels, hysteresis, what it advises, and that it can never stop the engine."""
 
 import logging
+import time
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -79,6 +81,20 @@ def test_each_change_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
         ("WARNING", "KV memory critical: 99.0% of the blocks in use, 1 free"),
         ("INFO", "KV memory normal: 90.0% of the blocks in use, 10 free"),
     ]
+
+
+def test_a_level_that_flaps_is_logged_once_in_ten_seconds(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monitor = MemoryMonitor()
+    with caplog.at_level(logging.INFO, logger="jaxpaged.memory_monitor"):
+        for now[0] in (1000.0, 1005.0, 1009.9, 1010.0):
+            levels(monitor, 95, 99, 90)
+    logged = Counter(record.getMessage().split(":")[0] for record in caplog.records)
+    assert logged == {"KV memory warning": 2, "KV memory critical": 4, "KV memory normal": 2}
+    assert monitor.num_transitions == {NORMAL: 4, WARNING: 4, CRITICAL: 4}
 
 
 @pytest.mark.parametrize(

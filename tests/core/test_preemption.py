@@ -29,6 +29,7 @@ def running(space: BlockSpace, name: str, num_tokens: int) -> Request:
     space.enter(request, space.plan_entry(request))
     space.grow(request, num_tokens)
     space.publish(request, num_tokens)
+    space.unused.written(num_tokens - request.num_computed_tokens)
     request.num_computed_tokens = num_tokens
     request.status = RequestStatus.RUNNING
     return request
@@ -174,7 +175,7 @@ def test_a_swapped_request_goes_on_where_it_was(mode: Any, count: int) -> None:
         scheduler.update(step, [7] * len(step.rows))
     assert step.preempted == [second]
     second.block_hashes.clear()  # so that nothing is found in the pool
-    scheduler.space.cache.clear()
+    scheduler.space.forget_everything()
     scheduler.finish(first, RequestStatus.FINISHED_ABORTED)
     step = scheduler.schedule()
     scheduler.check_invariants()

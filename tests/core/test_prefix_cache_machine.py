@@ -1,5 +1,6 @@
 """Prefix cache and block space: what is found is what was computed, and nothing else."""
 
+from collections import Counter
 from typing import Any
 
 import hypothesis
@@ -67,9 +68,11 @@ class BlockSpaceMachine(RuleBasedStateMachine):
         for block in request.table.ids[first : last + 1]:
             assert self.space.allocator.count(block) == 1, "a shared block is written"
             assert block not in self.space.cache or not copied
+            self.content.pop(block, None)
         for index in range(first, target // size):
             self.content[request.table.ids[index]] = self.prefix(request, index)
         self.space.publish(request, target)
+        self.space.unused.written(target - request.num_computed_tokens)
         request.num_computed_tokens = target
 
     @precondition(lambda self: self.requests)
@@ -84,19 +87,24 @@ class BlockSpaceMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
-        """A completion that shares all of its parent's tokens, and writes the last one again."""
+        """A branch that shares some of its parent's computed tokens, with the parent still there or gone."""
         parent = data.draw(st.sampled_from(self.requests))
-        (child,) = make_request(
-            "c", list(parent.token_ids), block_size=self.space.block_size, salt=parent.cache_salt
-        )
-        shared = child.num_tokens - 1
-        assert self.space.fork(parent, child, shared) == (shared <= parent.num_computed_tokens)
-        assert child.num_computed_tokens == shared
-        if self.space.blocks_to_grow(child, child.num_tokens) > self.space.num_free:
-            self.space.release(child)
+        if not parent.table.ids:
             return
+        shared = data.draw(st.integers(1, parent.num_computed_tokens))
+        rest = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=4))
+        tokens = data.draw(st.sampled_from([parent.token_ids[:shared] + rest, [*parent.token_ids]]))
+        shared = min(shared, len(tokens) - 1)
+        (child,) = make_request("c", tokens, block_size=self.space.block_size, salt=parent.cache_salt)
+        assert self.space.fork(parent, child, shared)
+        assert child.num_computed_tokens == shared
         self.requests.append(child)
-        self.compute(child, child.num_tokens)
+        if data.draw(st.booleans()):
+            self.requests.remove(parent)
+            self.space.release(parent)
+        fits = self.space.blocks_to_grow(child, child.num_tokens) <= self.space.num_free
+        if fits and data.draw(st.booleans()):
+            self.compute(child, child.num_tokens)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -109,7 +117,7 @@ class BlockSpaceMachine(RuleBasedStateMachine):
 
     @rule()
     def new_weights(self) -> None:
-        self.space.cache.clear()
+        self.space.forget_everything()
 
     @invariant()
     def agrees(self) -> None:
@@ -119,10 +127,51 @@ class BlockSpaceMachine(RuleBasedStateMachine):
         for request in self.requests:
             for index, block in enumerate(self.blocks_of(request)):
                 assert self.content[block] == self.prefix(request, index), "a block was overwritten"
+        for block in self.space.cache.blocks:
+            salt, *tokens = self.content[block]
+            digest = block_hashes(tokens, self.space.block_size, salt=salt)[-1]
+            assert self.space.cache.key_of(block) == digest, "would be found as what it is not"
+        self.agrees_on_slots()
+
+    def agrees_on_slots(self) -> None:
+        """What is unused, cached and shared, counted block by block."""
+        space, size = self.space, self.space.block_size
+        filled: Counter[int] = Counter()
+        for request in self.requests:
+            for index, block in enumerate(request.table.ids):
+                filled[block] = max(filled[block], min(size, request.num_computed_tokens - index * size))
+        assert space.unused.count() == sum(size - tokens for tokens in filled.values())
+        free = [block for block in range(1, space.num_blocks) if space.allocator.is_free(block)]
+        assert space.allocator.num_cached == len([block for block in free if block in space.cache])
+        held = Counter(space.allocator.count(block) for block in filled)
+        assert space.allocator.holders == held
 
 
 TestBlockSpace: Any = BlockSpaceMachine.TestCase
 TestBlockSpace.settings = hypothesis.settings(max_examples=80, stateful_step_count=40)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_found"),
+    [([0, 1, 2, 3, 4, 9, 9, 9], 4), ([0, 1, 2, 3, 4, 9], 4), ([0, 1, 2, 3, 4, 5, 6, 7], 8)],
+    ids=["another block", "an unfinished block", "the same block"],
+)
+def test_a_branch_that_is_left_alone_with_a_full_block(tokens: list[int], num_found: int) -> None:
+    """It writes in place. What it overwrites with something else must not be found as what it was."""
+    space, prompt = BlockSpace(8, 4), list(range(9))
+    (parent,) = make_request("parent", prompt, block_size=4)
+    (child,) = make_request("child", tokens, block_size=4)
+    space.enter(parent, space.plan_entry(parent))
+    space.grow(parent, 9)
+    space.publish(parent, 9)
+    space.unused.written(9)
+    parent.num_computed_tokens = 9
+    assert space.fork(parent, child, 5)
+    space.release(parent)
+    assert not space.grow(child, len(tokens))
+    (again,) = make_request("again", prompt, block_size=4)
+    assert space.plan_entry(again).num_computed_tokens == num_found
+    space.check_invariants([child])
 
 
 class PrefixCacheMachine(RuleBasedStateMachine):

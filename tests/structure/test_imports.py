@@ -28,6 +28,7 @@ PURE_HOST_FILES = (
     "request",
     "scheduler",
     "step_plan",
+    "unused_slots",
     "waiting_queue",
 )
 HTTP_AND_TERMINAL = ("fastapi", "starlette", "uvicorn", "aiohttp", "typer", "rich", "prompt_toolkit")
