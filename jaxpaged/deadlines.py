@@ -33,10 +33,10 @@ class Deadlines:
 
         One that has begun to run no longer has a ``queue_deadline``: the scheduler takes it off then.
         """
-        over: list[Request] = []
+        over: dict[Request, None] = {}
         while self._heap and self._heap[0][0] <= now:
             when, _, request = heapq.heappop(self._heap)
             is_due = when in (request.deadline, request.queue_deadline)
-            if is_due and not request.status.is_finished and request not in over:
-                over.append(request)
-        return over
+            if is_due and not request.status.is_finished:
+                over[request] = None
+        return list(over)

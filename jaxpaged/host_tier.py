@@ -36,6 +36,7 @@ class HostTier:
         self._free = list(reversed(range(num_blocks)))
         self._held: set[int] = set()
         self._cached: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
+        self._digest_of: dict[int, bytes] = {}  # the other way
 
     @property
     def num_free(self) -> int:
@@ -92,6 +93,7 @@ class HostTier:
             return None
         block = self._take()
         self._cached[digest] = block
+        self._digest_of[block] = digest
         return block
 
     def find(self, digest: bytes) -> int | None:
@@ -107,13 +109,14 @@ class HostTier:
 
     def take(self, blocks: Iterable[int]) -> None:
         """Turns cached blocks, as found by ``find``, into held ones: they are about to be loaded, then released."""
-        wanted = set(blocks)
-        for digest in [digest for digest, block in self._cached.items() if block in wanted]:
-            self._held.add(self._cached.pop(digest))
+        for block in blocks:
+            del self._cached[self._digest_of.pop(block)]
+            self._held.add(block)
 
     def forget_block(self, block: int) -> None:
         """Drops the cached prefix that lies in a block, if one does: its store failed."""
-        for digest in [digest for digest, cached in self._cached.items() if cached == block]:
+        digest = self._digest_of.get(block)
+        if digest is not None:
             self.forget(digest)
 
     def forget(self, digest: bytes) -> bool:
@@ -121,6 +124,7 @@ class HostTier:
         block = self._cached.pop(digest, None)
         if block is None:
             return False
+        del self._digest_of[block]
         self._free.append(block)
         return True
 
@@ -128,19 +132,25 @@ class HostTier:
         """Drops all cached prefixes: after new weights none of them holds. Held blocks stay."""
         self._free.extend(self._cached.values())
         self._cached.clear()
+        self._digest_of.clear()
 
     def _take(self) -> int:
         """A block without an owner; the caller saw that one is available."""
         if self._free:
             return self._free.pop()
         self.num_evicted += 1
-        return self._cached.popitem(last=False)[1]
+        _, block = self._cached.popitem(last=False)
+        del self._digest_of[block]
+        return block
 
     def check_invariants(self, held: Iterable[int] | None = None) -> None:
         """Asserts the invariants; ``held`` are the blocks that swapped-out requests know of."""
         parts = [*self._free, *self._held, *self._cached.values()]
         assert len(parts) == self.num_blocks, "free + held + cached != total"
         assert set(parts) == set(range(self.num_blocks)), "a block is in two places, or is none of ours"
+        assert self._digest_of == {block: digest for digest, block in self._cached.items()}, (
+            "maps not inverse"
+        )
         if held is not None:
             known = list(held)
             assert len(known) == len(set(known)), "two requests hold one block"

@@ -1,5 +1,7 @@
 """What requests hold of the KV memory, told in small stories; the machines have the invariants."""
 
+import time
+
 import pytest
 
 from jaxpaged.block_space import BlockSpace, Entry
@@ -215,3 +217,29 @@ def test_prefixes_that_a_failed_step_was_to_store_are_not_found_on_the_host() ->
         assert space.plan_entry(request_of(space, tokens)).num_computed_tokens == 0
     assert space.host is not None
     assert (space.host.num_cached, len(space.cache)) == (0, 0)
+
+
+def test_a_host_block_that_is_taken_is_not_found_and_not_handed_out() -> None:
+    tier = HostTier(3)
+    assert [tier.store(digest) for digest in (b"a", b"b", b"c")] == [0, 1, 2]
+    tier.take([1])
+    tier.check_invariants([1])
+    assert (tier.find(b"b"), tier.num_held, tier.num_cached) == (None, 1, 2)
+    assert [tier.store(digest) for digest in (b"d", b"e", b"f")] == [0, 2, 0]
+    tier.forget_block(2)
+    tier.forget_block(1)  # held: nothing is cached there
+    assert [tier.find(digest) for digest in (b"d", b"e", b"f")] == [None, None, 0]
+    tier.release([1])
+    tier.check_invariants([])
+
+
+def test_taking_host_blocks_does_not_look_at_all_of_them() -> None:
+    """A sanity bound far above what it takes; a search through all of them would take seconds."""
+    tier = HostTier(40_000)
+    for index in range(40_000):
+        tier.store(index.to_bytes(4))
+    started = time.process_time()
+    for block in range(500):
+        tier.take([block])
+        tier.forget_block(39_999 - block)
+    assert time.process_time() - started < 0.3
