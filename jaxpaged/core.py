@@ -248,7 +248,7 @@ class EngineCore:
         stats, allocator = self._stats, self.scheduler.space.allocator
         stats.num_generation_tokens = self.results.num_generation_tokens
         stats.num_requests_running = len(scheduler.running)
-        stats.num_requests_waiting = len(scheduler.waiting)
+        stats.num_requests_waiting = len(scheduler.waiting) + len(scheduler.held.paused)
         stats.num_preemptions = scheduler.num_preemptions
         stats.num_compiles, stats.compile_time = runner.num_compiles, runner.compile_seconds
         stats.num_blocks, stats.num_free_blocks = allocator.num_usable, allocator.num_free
