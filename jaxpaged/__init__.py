@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from jaxpaged.models.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
+    from jaxpaged.beam_params import BeamSearchParams
     from jaxpaged.engine import Engine
     from jaxpaged.outputs import CompletionOutput, EngineStats, Logprob, RequestOutput
     from jaxpaged.pallas_kernels import AttentionVariant
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionVariant",
+    "BeamSearchParams",
     "CompletionOutput",
     "Engine",
     "EngineStats",
@@ -28,6 +30,7 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "AttentionVariant": "jaxpaged.pallas_kernels",
+        "BeamSearchParams": "jaxpaged.beam_params",
         "CompletionOutput": "jaxpaged.outputs",
         "Engine": "jaxpaged.engine",
         "EngineStats": "jaxpaged.outputs",

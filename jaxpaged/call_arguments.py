@@ -1,4 +1,4 @@
-"""What ``generate`` and ``stream`` take: one prompt or many, one ``SamplingParams`` or one each."""
+"""What ``generate``, ``beam_search`` and ``stream`` take: one prompt or many, parameters for all or one each."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,18 +17,24 @@ def listed_prompts(prompts: Any) -> list[Any]:
     return list(prompts)
 
 
-def one_each(params: Any, count: int) -> Sequence[SamplingParams]:
-    """The parameters of each prompt. Raises InvalidRequestError when they are not so many."""
-    if params is None or isinstance(params, SamplingParams):
-        return [SamplingParams() if params is None else params] * count
+def sampling_params_each(params: Any, count: int) -> Sequence[SamplingParams]:
+    """``SamplingParams`` for each prompt, the defaults for None. Raises InvalidRequestError."""
+    return one_each("sampling_params", SamplingParams() if params is None else params, count, SamplingParams)
+
+
+def one_each[P](name: str, params: Any, count: int, kind: type[P]) -> Sequence[P]:
+    """The parameters of each prompt, given as argument ``name``: one for all of them or one each.
+
+    Raises InvalidRequestError when they are of another kind, or not so many.
+    """
+    if isinstance(params, kind):
+        return [params] * count
     if isinstance(params, str | Mapping) or not isinstance(params, Iterable):
-        raise InvalidRequestError("sampling_params", params, "must be a SamplingParams or a sequence of them")
+        raise InvalidRequestError(name, params, f"must be a {kind.__name__} or a sequence of them")
     params = list(params)
     if len(params) != count:
-        raise InvalidRequestError(
-            "sampling_params", len(params), f"must be one, or one for each of {count} prompts"
-        )
+        raise InvalidRequestError(name, len(params), f"must be one, or one for each of {count} prompts")
     for each in params:
-        if not isinstance(each, SamplingParams):
-            raise InvalidRequestError("sampling_params", each, "must be a SamplingParams")
+        if not isinstance(each, kind):
+            raise InvalidRequestError(name, each, f"must be a {kind.__name__}")
     return params

@@ -12,11 +12,12 @@ import jax
 from tqdm import tqdm
 
 from jaxpaged.assembly import assemble, check_types, resolve, with_weights
-from jaxpaged.call_arguments import listed_prompts, one_each
+from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.call_arguments import listed_prompts, one_each, sampling_params_each
 from jaxpaged.core import EngineCore
 from jaxpaged.errors import EngineClosedError, InvalidRequestError, UnknownRequestError
 from jaxpaged.generation import Generation
-from jaxpaged.intake import Handling, Intake, Prompt, check_seconds
+from jaxpaged.intake import Handling, Intake, Prompt, check_seconds, eos_token_ids
 from jaxpaged.models import Decoder
 from jaxpaged.outputs import EngineStats, RequestOutput
 from jaxpaged.pallas_kernels import AttentionVariant
@@ -84,7 +85,7 @@ class Engine:
         self._intake = Intake(
             self.config,
             vocab_size=self.model_config.vocab_size,
-            eos_token_ids=_eos_token_ids(self.model_config.eos_token_ids, tokenizer),
+            eos_token_ids=eos_token_ids(self.model_config.eos_token_ids, tokenizer),
             tokenizer=tokenizer,
             space=self._core.scheduler.space,
         )
@@ -111,7 +112,7 @@ class Engine:
         self,
         request_id: str,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: SamplingParams | BeamSearchParams | None = None,
         *,
         priority: int = 0,
         tenant: str = "",
@@ -124,7 +125,7 @@ class Engine:
         Args:
           request_id: unique among live requests.
           prompt: text, token ids, or a mapping with ``"prompt"`` or ``"prompt_token_ids"``.
-          params: None for the defaults.
+          params: None for the defaults; ``BeamSearchParams`` for a beam search, which has one output, at its end.
           priority: smaller goes first, where the ``scheduling_policy`` looks at it.
           tenant: on whose behalf it comes; tenants get fair shares of the engine (``tenant_weights``).
           cache_salt: requests with different salts share no cached prefix.
@@ -151,7 +152,7 @@ class Engine:
         *,
         at: int | None = None,
         append_token_ids: Sequence[int] = (),
-        params: SamplingParams | None = None,
+        params: SamplingParams | BeamSearchParams | None = None,
         index: int = 0,
     ) -> None:
         """Branches a live request: a new one whose prompt is the first tokens of it, for tree search.
@@ -165,7 +166,7 @@ class Engine:
           at: how many of its tokens, prompt and output, the new request begins with; None for all so far.
           append_token_ids: tokens put behind these.
           params: of the new request; None for those of the old one.
-          index: which of the old request's completions.
+          index: which of the old request's completions. A beam search has none to branch from.
 
         Raises:
           UnknownRequestError: no live request has this id.
@@ -174,19 +175,7 @@ class Engine:
         found = self._live.generations.get(request_id)
         if found is None:
             raise UnknownRequestError("request_id", request_id, "no live request has this id")
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(found.completions):
-            raise InvalidRequestError("index", index, f"must be in [0, {len(found.completions) - 1}]")
-        parent = found.completions[index].request
-        at = parent.num_tokens if at is None else at
-        if isinstance(at, bool) or not isinstance(at, int) or not 1 <= at <= parent.num_tokens:
-            raise InvalidRequestError("at", at, f"must be in [1, {parent.num_tokens}], the tokens there are")
-        if isinstance(append_token_ids, str | bytes) or not isinstance(append_token_ids, Sequence):
-            raise InvalidRequestError("append_token_ids", append_token_ids, "must be token ids")
-        handling = Handling(priority=parent.priority, tenant=parent.tenant, cache_salt=parent.cache_salt)
-        tokens = [*parent.token_ids[:at], *append_token_ids]
-        generation = self._intake.generation(
-            new_request_id, tokens, found.params if params is None else params, handling
-        )
+        generation, parent = self._intake.fork(found, new_request_id, at, append_token_ids, params, index)
         self._live.fork(generation, parent)
         self._intake.draw_seeds(generation)
 
@@ -291,18 +280,56 @@ class Engine:
           InvalidRequestError: a prompt or parameter is wrong; then none of them has begun.
           Exception: what ended one of the requests, if a step failed; the others are aborted.
         """
-        core = self._live
         listed = listed_prompts(prompts)
-        every = one_each(sampling_params, len(listed))
+        every = sampling_params_each(sampling_params, len(listed))
+        return self._complete(
+            listed,
+            [params.clone(output_kind=RequestOutputKind.FINAL_ONLY) for params in every],
+            "generate",
+            use_tqdm,
+        )
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams | Sequence[BeamSearchParams],
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Continues prompts by beam search, all of them together, and returns their outputs in the same order.
+
+        The completions of an output are the hypotheses, best first; ``cumulative_logprob`` is the model's own. Beams
+        are rows of the batch like any request, and share the blocks of what they have in common.
+
+        Args:
+          prompts, use_tqdm: as in ``generate``.
+          params: one for all, or one each.
+
+        Raises:
+          InvalidRequestError: a prompt or parameter is wrong, or ``beam_width`` needs a higher ``max_logprobs`` of the
+            engine; then none of them has begun.
+          Exception: what ended one of the searches, if a step failed; the others are aborted.
+        """
+        listed = listed_prompts(prompts)
+        every = one_each("params", params, len(listed), BeamSearchParams)
+        return self._complete(listed, every, "beam search", use_tqdm)
+
+    def _complete(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams | BeamSearchParams],
+        title: str,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        """Runs requests that give one output each; nobody else's output is lost."""
+        core = self._live
         generations = [
-            self._intake.generation(
-                self._new_id(), prompt, params.clone(output_kind=RequestOutputKind.FINAL_ONLY)
-            )
-            for prompt, params in zip(listed, every, strict=True)
+            self._intake.generation(self._new_id(), prompt, each)
+            for prompt, each in zip(prompts, params, strict=True)
         ]
         done: dict[str, RequestOutput] = {}
         inbox: list[RequestOutput] = []
-        bar = tqdm(total=len(listed), desc="generate", unit="request", disable=not use_tqdm)
+        bar = tqdm(total=len(generations), desc=title, unit="request", disable=not use_tqdm)
         try:
             for generation in generations:
                 self._admit(generation)
@@ -338,7 +365,7 @@ class Engine:
         Raises:
           InvalidRequestError: the prompt or a parameter is wrong.
         """
-        (params,) = one_each(sampling_params, 1)
+        (params,) = sampling_params_each(sampling_params, 1)
         if params.output_kind is RequestOutputKind.CUMULATIVE:
             params = params.clone(output_kind=RequestOutputKind.DELTA)
         name = self._new_id() if request_id is None else request_id
@@ -411,10 +438,3 @@ def keep_compiled_programs(folder: str | os.PathLike[str]) -> None:
     """Turns on JAX's persistent compilation cache in ``folder``, for this process."""
     jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def _eos_token_ids(configured: tuple[int, ...], tokenizer: Tokenizer | None) -> frozenset[int]:
-    ids = set(configured)
-    if not ids and tokenizer is not None and tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    return frozenset(ids)

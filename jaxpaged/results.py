@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxpaged.beam_generation import BeamGeneration
 from jaxpaged.errors import InvalidRequestError
 from jaxpaged.generation import Completion, Generation
 from jaxpaged.outputs import LogprobArrays, RequestOutput
@@ -95,14 +96,20 @@ class Results:
         if generation.error is not None:
             return
         try:
-            if sampled is not None and completion.logprobs is not None:
+            if isinstance(generation, BeamGeneration):
+                assert sampled is not None, "a beam without candidates"
+                if generation.take(self._scheduler, request, sampled, row, now):
+                    self._end_all(generation, RequestStatus.FINISHED_STOPPED)
+                    touched[generation.request_id] = generation
+                return
+            if sampled is not None and request.params.logprobs is not None:
                 generation.add_logprobs(completion, row, sampled)
             stop = generation.append(completion, now)
             if stop is not None:
                 request.stop_reason = stop
                 self._finish(generation, completion, RequestStatus.FINISHED_STOPPED)
             elif request.status.is_finished:
-                self._note_finish(generation, completion)
+                generation.finish(completion)
             elif generation.shows_only_its_end:
                 return
         except Exception as error:
@@ -122,11 +129,14 @@ class Results:
 
     def end(self, generation: Generation, status: RequestStatus) -> RequestOutput | None:
         """Ends all completions of a request that have not ended before; returns its last output."""
+        self._end_all(generation, status)
+        return self.close_if_done(generation)
+
+    def _end_all(self, generation: Generation, status: RequestStatus) -> None:
         self._drop_forks(generation)
         for completion in generation.completions:
             if not completion.finished:
                 self._finish(generation, completion, status)
-        return self.close_if_done(generation)
 
     def end_with_error(self, generation: Generation, error: Exception) -> None:
         """Ends them because of an error, which may be that of their text."""
@@ -136,7 +146,6 @@ class Results:
             if not completion.finished:
                 self._scheduler.finish(completion.request, RequestStatus.FINISHED_ERROR)
             if completion.request.status is RequestStatus.FINISHED_ERROR:
-                self.finished[RequestStatus.FINISHED_ERROR.value] += 1
                 with contextlib.suppress(Exception):  # it may be the text that failed
                     generation.finish(completion)
 
@@ -147,20 +156,17 @@ class Results:
 
     def _finish(self, generation: Generation, completion: Completion, status: RequestStatus) -> None:
         self._scheduler.finish(completion.request, status)
-        self._note_finish(generation, completion)
-
-    def _note_finish(self, generation: Generation, completion: Completion) -> None:
-        """The scheduler has ended the request; the rest of its text comes out."""
         generation.finish(completion)
-        self.finished[completion.request.status.value] += 1
 
     def close_if_done(self, generation: Generation) -> RequestOutput | None:
         """What to show of a generation, which leaves if it has finished."""
+        output = generation.output()
         if generation.finished:
+            self.finished.update(generation.finish_reasons())
             del self.generations[generation.request_id]
-            for completion in generation.completions:
-                del self._homes[completion.request]
-        return generation.output()
+            for request in generation.requests:
+                del self._homes[request]
+        return output
 
     def check_invariants(self) -> None:
         """Asserts the invariants."""
@@ -168,7 +174,10 @@ class Results:
             generation = self.generations.get(request.request_id)
             assert generation is not None, "a request without a generation"
             assert generation.completions[request.index].request is request, "a request of another generation"
-        assert all(not g.finished for g in self.generations.values()), "a finished generation is still here"
+        for generation in self.generations.values():
+            assert not generation.finished, "a finished generation is still here"
+            if isinstance(generation, BeamGeneration):
+                generation.group.check_invariants()
 
 
 def _on_host(found: SampleOutput | PromptLogprobs) -> LogprobArrays:

@@ -31,8 +31,10 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=64)
 
 @functools.cache
 def candidates_after(tokens: tuple[int, ...]) -> list[tuple[int, float]]:
+    """After many histories only one, so that beams become fewer and more again."""
     ranked = [(logprob, token) for token, logprob in enumerate(log_probabilities(7, tokens))]
-    return [(token, logprob) for logprob, token in sorted(ranked, reverse=True)]
+    ranked.sort(reverse=True)
+    return [(token, logprob) for logprob, token in ranked[: {0: 1, 1: 1}.get(sum(tokens) % 5, VOCAB)]]
 
 
 def found_alone(prompt: Sequence[int], params: BeamSearchParams) -> Any:
@@ -262,3 +264,41 @@ def test_every_search_finds_what_it_finds_alone(sizes: dict[str, Any], events: l
         else:
             drive.fail(written=value[0], lost=value[1])
     drive.finish_all()
+
+
+def test_beams_become_fewer_and_more_again() -> None:
+    drive = Drive(num_blocks=40, max_num_seqs=8)
+    drive.add_search("s", [1, 2], BeamSearchParams(beam_width=2, max_tokens=9, early_stopping="never"))
+    counts = []
+    while drive.scheduler.has_unfinished:
+        counts.append(len(drive.groups["s"][0].beams))
+        drive.step()
+    drive.finish_all()
+    fewer = [at for at in range(1, len(counts)) if counts[at] < counts[at - 1]]
+    assert fewer
+    assert max(counts[fewer[0] :]) > counts[fewer[0]]
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"max_num_seqs": 1}, {"num_blocks": 8}, {"num_blocks": 8, "num_host_blocks": 30}]
+)
+def test_beams_that_do_not_fit_run_one_after_the_other(sizes: dict[str, int]) -> None:
+    drive = Drive(**{"num_blocks": 60, "max_num_seqs": 8, **sizes})
+    params = BeamSearchParams(beam_width=6, max_tokens=9, early_stopping="never")
+    drive.add_search("s", [1, 2, 3, 4], params)
+    paused = 0
+    while drive.scheduler.has_unfinished:
+        drive.step()
+        paused += len(drive.scheduler.held.paused)
+    drive.finish_all()
+    assert paused
+    assert bool(drive.space.stats.swapped_in) == ("num_host_blocks" in sizes)
+
+
+def test_running_beams_need_no_copy_where_a_block_ends() -> None:
+    """Blocks of one token are never partly filled: forks cost nothing but the new token's own block."""
+    drive = Drive(num_blocks=60, block_size=1, max_num_seqs=8)
+    drive.add_search("s", [1, 2, 3, 4], BeamSearchParams(beam_width=6, max_tokens=9))
+    drive.finish_all()
+    assert drive.space.stats.copied == 0
+    assert drive.space.stats.allocated <= 4 + 6 * 8
