@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from jaxpaged.models.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
+    from jaxpaged.beam_params import BeamSearchParams
     from jaxpaged.block_trace import BlockTrace
     from jaxpaged.engine import Engine
     from jaxpaged.outputs import CompletionOutput, EngineStats, Logprob, RequestOutput
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionVariant",
+    "BeamSearchParams",
     "BlockTrace",
     "CompletionOutput",
     "Engine",
@@ -33,6 +35,7 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "AttentionVariant": "jaxpaged.pallas_kernels",
+        "BeamSearchParams": "jaxpaged.beam_params",
         "BlockTrace": "jaxpaged.block_trace",
         "CompletionOutput": "jaxpaged.outputs",
         "Engine": "jaxpaged.engine",

@@ -139,7 +139,7 @@ class Bookkeeping:
             self.totals,
             num_generation_tokens=self._results.num_generation_tokens,
             num_requests_running=len(scheduler.running),
-            num_requests_waiting=len(scheduler.waiting),
+            num_requests_waiting=len(scheduler.waiting) + len(scheduler.held.paused),
             num_requests_swapped=space.num_swapped,
             num_preemptions=scheduler.num_preemptions,
             preemptions={kind: scheduler.preemption.counts[kind] for kind in ("recompute", "swap")},

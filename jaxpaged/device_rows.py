@@ -22,8 +22,8 @@ class Home(Protocol):
 class DeviceRows:
     """The builder's line and the sampler's state of each row in use.
 
-    Invariant: those of a row in a step that runs are of the request in ``_owners``, as it was after its last
-    preemption.
+    Invariant: those of a row in a step that runs are of the request in ``_owners``, as it was when it was last
+    admitted.
     """
 
     def __init__(self, builder: BatchBuilder, runner: Runner, home: Home, vocab_size: int) -> None:
@@ -31,7 +31,7 @@ class DeviceRows:
         self._runner = runner
         self._home = home
         self._vocab_size = vocab_size
-        # Row to (request, its preemptions): who the row was last set for.
+        # Row to (request, its admissions): who the row was last set for.
         self._owners: dict[int, tuple[Request, int]] = {}
         self._bias_keys: dict[int, object] = {}
 
@@ -43,7 +43,7 @@ class DeviceRows:
         for request, _ in step.rows:
             row = request.row
             owner = owners.get(row)
-            if owner is None or owner[0] is not request or owner[1] != request.num_preemptions:
+            if owner is None or owner[0] is not request or owner[1] != request.num_admissions:
                 self._bind(request)
             if bias_keys and row in bias_keys:
                 self._sync_bias(request)
@@ -54,7 +54,7 @@ class DeviceRows:
 
     def _bind(self, request: Request) -> None:
         row, generation = request.row, self._home(request)
-        self._owners[row] = (request, request.num_preemptions)
+        self._owners[row] = (request, request.num_admissions)
         self._bias_keys.pop(row, None)
         self._builder.clear_row(row)
         self._builder.sampling.set(row, request.params, generation.completions[request.index].seed)

@@ -12,12 +12,13 @@ import jax
 from tqdm import tqdm
 
 from jaxpaged.assembly import assemble, check_types, keep_compiled_programs, resolve, with_weights
+from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.block_trace import BlockTrace
-from jaxpaged.call_arguments import branched_off, listed_prompts, one_each
+from jaxpaged.call_arguments import listed_prompts, one_each, sampling_params_each
 from jaxpaged.core import EngineCore
 from jaxpaged.errors import EngineClosedError, InvalidRequestError, UnknownRequestError
 from jaxpaged.generation import Generation
-from jaxpaged.intake import Handling, Intake, Prompt, check_seconds
+from jaxpaged.intake import Handling, Intake, Prompt, check_seconds, eos_token_ids
 from jaxpaged.memory import MemoryReport
 from jaxpaged.models import Decoder
 from jaxpaged.outputs import EngineStats, RequestOutput
@@ -88,7 +89,7 @@ class Engine:
         self._intake = Intake(
             self.config,
             vocab_size=self.model_config.vocab_size,
-            eos_token_ids=_eos_token_ids(self.model_config.eos_token_ids, tokenizer),
+            eos_token_ids=eos_token_ids(self.model_config.eos_token_ids, tokenizer),
             tokenizer=tokenizer,
             space=self._core.scheduler.space,
         )
@@ -115,7 +116,7 @@ class Engine:
         self,
         request_id: str,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: SamplingParams | BeamSearchParams | None = None,
         *,
         priority: int = 0,
         tenant: str = "",
@@ -128,7 +129,7 @@ class Engine:
         Args:
           request_id: unique among live requests.
           prompt: text, token ids, or a mapping with ``"prompt"`` or ``"prompt_token_ids"``.
-          params: None for the defaults.
+          params: None for the defaults; ``BeamSearchParams`` for a beam search, which has one output, at its end.
           priority: smaller goes first, where the ``scheduling_policy`` looks at it.
           tenant: on whose behalf it comes; tenants get fair shares of the engine (``tenant_weights``).
           cache_salt: requests with different salts share no cached prefix.
@@ -155,7 +156,7 @@ class Engine:
         *,
         at: int | None = None,
         append_token_ids: Sequence[int] = (),
-        params: SamplingParams | None = None,
+        params: SamplingParams | BeamSearchParams | None = None,
         index: int = 0,
     ) -> None:
         """Branches a live request: a new one whose prompt is the first tokens of it, for tree search.
@@ -169,7 +170,7 @@ class Engine:
           at: how many of its tokens, prompt and output, the new request begins with; None for all so far.
           append_token_ids: tokens put behind these.
           params: of the new request; None for those of the old one.
-          index: which of the old request's completions.
+          index: which of the old request's completions. A beam search has none to branch from.
 
         Raises:
           UnknownRequestError: no live request has this id.
@@ -178,11 +179,7 @@ class Engine:
         found = self._live.generations.get(request_id)
         if found is None:
             raise UnknownRequestError("request_id", request_id, "no live request has this id")
-        parent, tokens = branched_off(found, index, at, append_token_ids)
-        handling = Handling(priority=parent.priority, tenant=parent.tenant, cache_salt=parent.cache_salt)
-        generation = self._intake.generation(
-            new_request_id, tokens, found.params if params is None else params, handling
-        )
+        generation, parent = self._intake.fork(found, new_request_id, at, append_token_ids, params, index)
         self._live.fork(generation, parent)
         self._intake.draw_seeds(generation)
 
@@ -287,18 +284,56 @@ class Engine:
           InvalidRequestError: a prompt or parameter is wrong; then none of them has begun.
           Exception: what ended one of the requests, if a step failed; the others are aborted.
         """
-        core = self._live
         listed = listed_prompts(prompts)
-        every = one_each(sampling_params, len(listed))
+        every = sampling_params_each(sampling_params, len(listed))
+        return self._complete(
+            listed,
+            [params.clone(output_kind=RequestOutputKind.FINAL_ONLY) for params in every],
+            "generate",
+            use_tqdm,
+        )
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams | Sequence[BeamSearchParams],
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Continues prompts by beam search, all of them together, and returns their outputs in the same order.
+
+        The completions of an output are the hypotheses, best first; ``cumulative_logprob`` is the model's own. Beams
+        are rows of the batch like any request, and share the blocks of what they have in common.
+
+        Args:
+          prompts, use_tqdm: as in ``generate``.
+          params: one for all, or one each.
+
+        Raises:
+          InvalidRequestError: a prompt or parameter is wrong, or ``beam_width`` needs a higher ``max_logprobs`` of the
+            engine; then none of them has begun.
+          Exception: what ended one of the searches, if a step failed; the others are aborted.
+        """
+        listed = listed_prompts(prompts)
+        every = one_each("params", params, len(listed), BeamSearchParams)
+        return self._complete(listed, every, "beam search", use_tqdm)
+
+    def _complete(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams | BeamSearchParams],
+        title: str,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        """Runs requests that give one output each; nobody else's output is lost."""
+        core = self._live
         generations = [
-            self._intake.generation(
-                self._new_id(), prompt, params.clone(output_kind=RequestOutputKind.FINAL_ONLY)
-            )
-            for prompt, params in zip(listed, every, strict=True)
+            self._intake.generation(self._new_id(), prompt, each)
+            for prompt, each in zip(prompts, params, strict=True)
         ]
         done: dict[str, RequestOutput] = {}
         inbox: list[RequestOutput] = []
-        bar = tqdm(total=len(listed), desc="generate", unit="request", disable=not use_tqdm)
+        bar = tqdm(total=len(generations), desc=title, unit="request", disable=not use_tqdm)
         try:
             for generation in generations:
                 self._admit(generation)
@@ -334,7 +369,7 @@ class Engine:
         Raises:
           InvalidRequestError: the prompt or a parameter is wrong.
         """
-        (params,) = one_each(sampling_params, 1)
+        (params,) = sampling_params_each(sampling_params, 1)
         if params.output_kind is RequestOutputKind.CUMULATIVE:
             params = params.clone(output_kind=RequestOutputKind.DELTA)
         name = self._new_id() if request_id is None else request_id
@@ -433,10 +468,3 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _eos_token_ids(configured: tuple[int, ...], tokenizer: Tokenizer | None) -> frozenset[int]:
-    ids = set(configured)
-    if not ids and tokenizer is not None and tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    return frozenset(ids)

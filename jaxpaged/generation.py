@@ -43,9 +43,11 @@ class Generation:
         rules: BiasRules | None,
     ) -> None:
         first = requests[0]
+        self.requests = requests
         self.request_id = first.request_id
         self.prompt = prompt
-        self.shows_only_its_end = params.output_kind is RequestOutputKind.FINAL_ONLY
+        self._selects = params.num_completions > params.n
+        self.shows_only_its_end = params.output_kind is RequestOutputKind.FINAL_ONLY or self._selects
         self.prompt_token_ids = first.token_ids[: first.num_prompt_tokens]
         self.params = params
         self.rules = rules
@@ -72,11 +74,19 @@ class Generation:
         """Whether all completions are."""
         return all(completion.finished for completion in self.completions)
 
-    def append(self, completion: Completion, now: float) -> str | None:
-        """Takes in the newest token of a completion; returns the stop string that ends it, if one does."""
+    def finish_reasons(self) -> list[str]:
+        """Why each completion has ended, once all have."""
+        return [completion.request.status.value for completion in self.completions]
+
+    def note_token(self, now: float) -> None:
+        """A token has come at ``now``, in seconds of ``time.monotonic``."""
         if self.metrics.first_token_time is None:
             self.metrics.first_token_time = now
         self.metrics.last_token_time = now
+
+    def append(self, completion: Completion, now: float) -> str | None:
+        """Takes in the newest token of a completion; returns the stop string that ends it, if one does."""
+        self.note_token(now)
         ends_by_token = completion.request.status is RequestStatus.FINISHED_STOPPED
         if completion.detokenizer is None or (ends_by_token and not self.params.include_stop_str_in_output):
             return None
@@ -99,10 +109,10 @@ class Generation:
 
     def add_logprobs(self, completion: Completion, row: int, sampled: LogprobArrays) -> None:
         """Keeps the log-probabilities of the newest token."""
-        assert completion.logprobs is not None, "no log-probabilities were asked for"
-        found = sampled.candidates(row, completion.request.token_ids[-1], self.params.logprobs)
         completion.cumulative_logprob += float(sampled.logprob[row])
-        completion.logprobs.append(self._with_text(found))
+        if completion.logprobs is not None:
+            found = sampled.candidates(row, completion.request.token_ids[-1], self.params.logprobs)
+            completion.logprobs.append(self._with_text(found))
 
     def add_prompt_logprobs(self, first: int, count: int, at: int, prompt: LogprobArrays) -> None:
         """Keeps those of the prompt tokens after positions ``first .. first + count - 1`` (``at`` in the batch)."""
@@ -130,38 +140,46 @@ class Generation:
 
     def output(self) -> RequestOutput | None:
         """What to show after a step, or None when the request wants only its end and that has not come."""
-        kind, finished = self.params.output_kind, self.finished
+        finished = self.finished
         if self.shows_only_its_end and not finished:
             return None
+        outputs = self._completion_outputs()
+        return self._with_outputs(outputs, self.completions[0].request.num_cached_tokens) if outputs else None
+
+    def _completion_outputs(self) -> list[CompletionOutput]:
+        if self._selects:
+            best = sorted(self.completions, key=_rank, reverse=True)[: self.params.n]
+            return [self._cumulative_output(completion, place) for place, completion in enumerate(best)]
+        if self.params.output_kind is not RequestOutputKind.DELTA:
+            return [
+                self._cumulative_output(completion, completion.request.index)
+                for completion in self.completions
+            ]
         outputs = []
         for completion in self.completions:
-            request = completion.request
-            if kind is RequestOutputKind.DELTA:
-                is_new = completion.num_shown_tokens != request.num_output_tokens or completion.delta
-                if completion.end_was_shown or not (is_new or completion.finished):
-                    continue
+            is_new = completion.num_shown_tokens != completion.request.num_output_tokens or completion.delta
+            if not completion.end_was_shown and (is_new or completion.finished):
                 outputs.append(self._delta_output(completion))
-            else:
-                outputs.append(self._cumulative_output(completion))
-        if not outputs:
-            return None
-        self.metrics.num_preemptions = sum(c.request.num_preemptions for c in self.completions)
+        return outputs
+
+    def _with_outputs(self, outputs: list[CompletionOutput], num_cached_tokens: int) -> RequestOutput:
+        self.metrics.num_preemptions = sum(request.num_preemptions for request in self.requests)
         return RequestOutput(
             self.request_id,
             self.prompt,
             self.prompt_token_ids,
             outputs,
-            finished,
+            self.finished,
             self.prompt_logprobs,
-            self.completions[0].request.num_cached_tokens,
+            num_cached_tokens,
             self.metrics,
             self.error,
         )
 
-    def _cumulative_output(self, completion: Completion) -> CompletionOutput:
+    def _cumulative_output(self, completion: Completion, index: int) -> CompletionOutput:
         request, logprobs = completion.request, completion.logprobs
         return CompletionOutput(
-            request.index,
+            index,
             "" if completion.detokenizer is None else completion.detokenizer.text,
             request.output_token_ids,
             None if logprobs is None else completion.cumulative_logprob,
@@ -185,6 +203,13 @@ class Generation:
         completion.num_shown_tokens = request.num_output_tokens
         completion.end_was_shown = completion.finished
         return output
+
+
+def _rank(completion: Completion) -> tuple[bool, bool, float]:
+    """What ``best_of`` selects by: the log-probability of what has come to its end, before what was cut short."""
+    request = completion.request
+    has_ended = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH)
+    return has_ended, request.num_output_tokens > 0, completion.cumulative_logprob
 
 
 def _finish_reason(request: Request) -> str | None:

@@ -4,10 +4,13 @@ import math
 import operator
 import random
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+from jaxpaged.beam_generation import BeamGeneration
+from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.beam_search import BeamSearch
 from jaxpaged.block_space import BlockSpace
 from jaxpaged.config import EngineConfig
 from jaxpaged.errors import InvalidRequestError, PromptTooLongError, RequestTooLargeError
@@ -115,51 +118,122 @@ class Intake:
         self._seeds = random.Random(config.seed)
 
     def generation(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, handling: Handling | None = None
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | BeamSearchParams,
+        handling: Handling | None = None,
     ) -> Generation:
         """A new request. Raises InvalidRequestError, naming the argument and its value."""
         handling = handling or Handling()
         if not isinstance(request_id, str) or not request_id:
             raise InvalidRequestError("request_id", request_id, "must be a string that is not empty")
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequestError("params", params, "must be a SamplingParams")
+        if not isinstance(params, SamplingParams | BeamSearchParams):
+            raise InvalidRequestError("params", params, "must be a SamplingParams or BeamSearchParams")
         text, token_ids, salt = self._read_prompt(prompt)
-        salt = handling.cache_salt if handling.cache_salt is not None else salt
-        _check_salt(salt)
-        now = time.monotonic()
+        if salt is not None and handling.cache_salt is None:
+            handling = replace(handling, cache_salt=salt)
+        if isinstance(params, BeamSearchParams):
+            return self._beam_generation(request_id, text, token_ids, params, handling)
         config = self._config
         params.validate_for(
             self._vocab_size, config.max_logprobs, config.max_model_len, self._tokenizer is not None
         )
-        max_tokens = self._check_size(token_ids, params)
         rules = bias_rules(params, self._vocab_size, self._eos_token_ids, self._tokenizer)
-        requests = [
-            Request(
-                request_id,
-                token_ids,
-                params,
-                block_size=config.block_size,
-                max_tokens=max_tokens,
-                stop_token_ids=frozenset(params.stop_token_ids or ()),
-                eos_token_ids=frozenset() if params.ignore_eos else self._eos_token_ids,
-                index=index,
-                cache_salt=salt,
-                num_tables=len(self._space.windows),
-                priority=handling.priority,
-                tenant=handling.tenant,
-                deadline=None if handling.deadline is None else now + handling.deadline,
-                queue_deadline=None if handling.max_queue_time is None else now + handling.max_queue_time,
-            )
-            for index in range(params.n)
-        ]
+        selects = params.num_completions > params.n
+        run = params.clone(logprobs=0) if selects and params.logprobs is None else params
+        requests = self._requests(request_id, token_ids, run, handling, params.num_completions)
         requests[0].forks = requests[1:]
         for request in requests:
             request.needs_tokens_on_host = rules is not None
             request.needs_single_steps |= rules is not None or params.output_kind is RequestOutputKind.DELTA
         for request in requests[1:]:
             request.needs_all_logits = False
-        seeds = [_child_seed(params.seed or 0, index) for index in range(params.n)]
+        seeds = [_child_seed(params.seed or 0, request.index) for request in requests]
         return Generation(requests, text, params, seeds, self._tokenizer, rules)
+
+    def fork(
+        self,
+        found: Generation,
+        new_request_id: str,
+        at: int | None,
+        append_token_ids: Sequence[int],
+        params: SamplingParams | BeamSearchParams | None,
+        index: int,
+    ) -> tuple[Generation, Request]:
+        """A new request that branches from a live one, as ``Engine.fork`` says, and whose blocks it can share."""
+        if isinstance(found, BeamGeneration):
+            raise InvalidRequestError(
+                "request_id", found.request_id, "is a beam search, whose beams come and go"
+            )
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(found.completions):
+            raise InvalidRequestError("index", index, f"must be in [0, {len(found.completions) - 1}]")
+        parent = found.completions[index].request
+        at = parent.num_tokens if at is None else at
+        if isinstance(at, bool) or not isinstance(at, int) or not 1 <= at <= parent.num_tokens:
+            raise InvalidRequestError("at", at, f"must be in [1, {parent.num_tokens}], the tokens there are")
+        if isinstance(append_token_ids, str | bytes) or not isinstance(append_token_ids, Sequence):
+            raise InvalidRequestError("append_token_ids", append_token_ids, "must be token ids")
+        handling = Handling(priority=parent.priority, tenant=parent.tenant, cache_salt=parent.cache_salt)
+        tokens = [*parent.token_ids[:at], *append_token_ids]
+        return self.generation(
+            new_request_id, tokens, found.params if params is None else params, handling
+        ), parent
+
+    def _beam_generation(
+        self,
+        request_id: str,
+        text: str | None,
+        token_ids: list[int],
+        params: BeamSearchParams,
+        handling: Handling,
+    ) -> BeamGeneration:
+        params.validate_for(self._vocab_size)
+        search = BeamSearch(params, self._eos_token_ids, self._config.max_model_len - len(token_ids))
+        needed, offered = min(search.candidates_needed, self._vocab_size), self._config.max_logprobs
+        if needed > offered:
+            raise InvalidRequestError(
+                "beam_width",
+                params.beam_width,
+                f"needs the {needed} most likely tokens of each step; raise max_logprobs={offered} of the engine",
+            )
+        run = SamplingParams(
+            temperature=0.0,
+            seed=0,
+            logprobs=needed,
+            max_tokens=search.max_tokens,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        requests = self._requests(request_id, token_ids, run, handling, params.beam_width)
+        for request in requests:
+            request.is_beam = request.needs_tokens_on_host = True
+        return BeamGeneration(requests, text, run, search, self._tokenizer)
+
+    def _requests(
+        self, request_id: str, token_ids: list[int], params: SamplingParams, handling: Handling, count: int
+    ) -> list[Request]:
+        max_tokens = self._check_size(token_ids, params)
+        now = time.monotonic()
+        return [
+            Request(
+                request_id,
+                token_ids,
+                params,
+                block_size=self._config.block_size,
+                max_tokens=max_tokens,
+                stop_token_ids=frozenset(params.stop_token_ids or ()),
+                eos_token_ids=frozenset() if params.ignore_eos else self._eos_token_ids,
+                index=index,
+                cache_salt=handling.cache_salt,
+                num_tables=len(self._space.windows),
+                priority=handling.priority,
+                tenant=handling.tenant,
+                deadline=None if handling.deadline is None else now + handling.deadline,
+                queue_deadline=None if handling.max_queue_time is None else now + handling.max_queue_time,
+            )
+            for index in range(count)
+        ]
 
     def draw_seeds(self, generation: Generation) -> None:
         """Gives seeds to a request that brings none.
@@ -246,6 +320,14 @@ class Intake:
                 "there; lower max_tokens or raise num_blocks",
             )
         return max_tokens
+
+
+def eos_token_ids(configured: Iterable[int], tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The tokens that end a text: those of the model's configuration or, if it names none, the tokenizer's."""
+    ids = set(configured)
+    if not ids and tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return frozenset(ids)
 
 
 def _check_salt(salt: object) -> None:

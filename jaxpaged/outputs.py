@@ -204,6 +204,11 @@ class LogprobArrays(NamedTuple):
     top_ids: np.ndarray
     top_logprobs: np.ndarray
 
+    def most_likely(self, i: int, count: int) -> list[tuple[int, float]]:
+        """The ``count`` most likely tokens at ``i`` with their log-probabilities, or all that are known."""
+        pairs = zip(self.top_ids[i, :count].tolist(), self.top_logprobs[i, :count].tolist(), strict=True)
+        return list(pairs)
+
     def candidates(self, i: int, token: int, asked: int | None) -> dict[int, tuple[float, int]]:
         """Token id to (log-probability, rank): token ``i`` itself and the ``asked`` most likely ones, -1 for all."""
         width = self.top_ids.shape[1]

@@ -90,6 +90,7 @@ class Request:
         self.max_total_tokens = self.num_prompt_tokens + max_tokens
         self.num_cached_tokens = 0
         self.num_preemptions = 0
+        self.num_admissions = 0  # how often it was given a row
         self.status = RequestStatus.WAITING
         self.stop_reason: int | str | None = None
         self.row = 0
@@ -101,6 +102,10 @@ class Request:
         self.needs_single_steps = params.logprobs is not None
         # What comes next depends on the tokens themselves, on the host: no step ahead of them.
         self.needs_tokens_on_host = False
+        # A beam of a beam search: its group (``BeamGroup``) decides with which token it goes on. Until then it is held:
+        # all its tokens are computed, and there is nothing to run.
+        self.is_beam = False
+        self.is_held = False
 
     def __repr__(self) -> str:
         return (

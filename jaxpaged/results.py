@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxpaged.beam_generation import BeamGeneration
 from jaxpaged.errors import InvalidRequestError
 from jaxpaged.generation import Completion, Generation
 from jaxpaged.outputs import LogprobArrays, RequestOutput
@@ -100,7 +101,11 @@ class Results:
         taking = self._taking
         for row, (request, _) in enumerate(taking.step.rows):
             home = self._homes.get(request)
-            if home is not None and home[1].num_taken_tokens < request.num_output_tokens:
+            if (
+                home is not None
+                and not request.is_beam
+                and home[1].num_taken_tokens < request.num_output_tokens
+            ):
                 self._take_token(request, taking, row)
         return self._close(taking)
 
@@ -120,7 +125,13 @@ class Results:
         if generation.error is not None:
             return
         try:
-            if taking.sampled is not None and completion.logprobs is not None:
+            if isinstance(generation, BeamGeneration):
+                assert taking.sampled is not None, "a beam without candidates"
+                if generation.take(self._scheduler, request, taking.sampled, row, taking.now):
+                    self._end_all(generation, RequestStatus.FINISHED_STOPPED)
+                    taking.touched[generation.request_id] = generation
+                return
+            if taking.sampled is not None and request.params.logprobs is not None:
                 generation.add_logprobs(completion, row, taking.sampled)
             stop = generation.append(completion, taking.now)
             completion.num_taken_tokens += 1
@@ -148,11 +159,14 @@ class Results:
 
     def end(self, generation: Generation, status: RequestStatus) -> RequestOutput | None:
         """Ends all completions of a request that have not ended before; returns its last output."""
+        self._end_all(generation, status)
+        return self.close_if_done(generation)
+
+    def _end_all(self, generation: Generation, status: RequestStatus) -> None:
         self._drop_forks(generation)
         for completion in generation.completions:
             if not completion.finished:
                 self._finish(generation, completion, status)
-        return self.close_if_done(generation)
 
     def end_with_error(self, generation: Generation, error: Exception) -> None:
         """Ends them because of an error, which may be that of their text."""
@@ -184,7 +198,6 @@ class Results:
 
     def _record(self, generation: Generation, completion: Completion) -> None:
         request, metrics = completion.request, generation.metrics
-        self.finished[request.status.value] += 1
         self.records.add_request(
             RequestRecord.from_metrics(
                 request.request_id,
@@ -204,11 +217,13 @@ class Results:
 
     def close_if_done(self, generation: Generation) -> RequestOutput | None:
         """What to show of a generation, which leaves if it has finished."""
+        output = generation.output()
         if generation.finished:
+            self.finished.update(generation.finish_reasons())
             del self.generations[generation.request_id]
-            for completion in generation.completions:
-                del self._homes[completion.request]
-        return generation.output()
+            for request in generation.requests:
+                del self._homes[request]
+        return output
 
     def check_invariants(self) -> None:
         """Asserts the invariants."""
@@ -216,7 +231,10 @@ class Results:
             generation = self.generations.get(request.request_id)
             assert generation is not None, "a request without a generation"
             assert generation.completions[request.index].request is request, "a request of another generation"
-        assert all(not g.finished for g in self.generations.values()), "a finished generation is still here"
+        for generation in self.generations.values():
+            assert not generation.finished, "a finished generation is still here"
+            if isinstance(generation, BeamGeneration):
+                generation.group.check_invariants()
 
 
 def _on_host(found: SampleOutput | PromptLogprobs) -> LogprobArrays:

@@ -42,7 +42,9 @@ class SamplingParams:
 
     Names, meanings and defaults are those of vLLM's class of this name.
 
-    n: completions per prompt. presence_penalty, frequency_penalty: in [-2, 2], over the output tokens.
+    n: completions per prompt. best_of: None or n is off; more are generated, and the n with the highest cumulative
+    log-probability are returned, best first, when all have ended.
+    presence_penalty, frequency_penalty: in [-2, 2], over the output tokens.
     repetition_penalty: over prompt and output, 1 is off. temperature: 0 is greedy. top_p in (0, 1],
     top_k (0 or -1 is off), min_p in [0, 1]. seed: any 64-bit integer, None or -1 for a fresh one.
     stop: strings that end the text. stop_token_ids: tokens that end it. ignore_eos: go on after EOS.
@@ -55,6 +57,7 @@ class SamplingParams:
     """
 
     n: int = 1
+    best_of: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -111,6 +114,13 @@ class SamplingParams:
 
     def _check_counts(self) -> None:
         self._integer("n", 1, MAX_N)
+        self._integer("best_of", 1, MAX_N, optional=True)
+        if self.best_of is not None and self.best_of < self.n:
+            raise InvalidRequestError("best_of", self.best_of, f"must be at least n={self.n}")
+        if self.num_completions > 1 and self.best_of is not None and self.is_greedy:
+            raise InvalidRequestError(
+                "best_of", self.best_of, "must be 1 with temperature=0: all would be the same"
+            )
         self._integer("top_k", -1, MAX_TOKEN_COUNT)
         if self.top_k == -1:
             self._set("top_k", 0)
@@ -162,6 +172,11 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0.0
+
+    @property
+    def num_completions(self) -> int:
+        """Completions that are generated; ``n`` of them are returned."""
+        return self.n if self.best_of is None else self.best_of
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

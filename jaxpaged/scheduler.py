@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from jaxpaged.block_space import BlockSpace, Entry
 from jaxpaged.buckets import MAX_MULTI_STEP_ROWS
 from jaxpaged.deadlines import Deadlines
+from jaxpaged.held_beams import HeldBeams
 from jaxpaged.memory_monitor import MemoryMonitor
 from jaxpaged.policies import Fcfs, SchedulingPolicy
 from jaxpaged.preemption import Preemption
@@ -31,7 +32,7 @@ class Scheduler:
     """Plans steps over one ``BlockSpace``.
 
     Invariants (``check_invariants``):
-      * a request is in exactly one of ``running``, ``waiting`` or the forks of a request in either;
+      * a request is in exactly one of ``running``, ``waiting``, ``held.paused`` or the forks of a request in these;
       * running requests have distinct rows in ``1 .. max_num_seqs``, all others row 0;
       * the block space's invariants over all of these requests.
 
@@ -70,6 +71,7 @@ class Scheduler:
         self.deadlines = Deadlines()
         self.running: list[Request] = []
         self.waiting = WaitingQueue(self.policy, tenant_weights)
+        self.held = HeldBeams()
         self._free_rows = list(range(max_num_seqs, 0, -1))
         self._num_arrivals = 0
         self._has_tenants = bool(tenant_weights)
@@ -96,11 +98,15 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep:
         """Plans one step and takes the blocks it needs. Every call is followed by ``advance`` or ``fail``."""
-        step = ScheduledStep()
+        step = ScheduledStep(rewritten=self.held.take_rewritten())
         budget, admit = self._heed_memory()
         budget = self._schedule_running(step, budget)
         if admit and not step.preempted:
             self._schedule_waiting(step, budget)
+            while self.held.running and self.waiting and not step.rows:
+                # Beams wait for beams that find no room: those that have nothing to do make it.
+                self._push_out(step, self._victim(self.held.running), 0, may_swap=True)
+                self._schedule_waiting(step, budget)
         step.num_tokens = sum([count for _, count in step.rows])
         if self.num_scheduler_steps > 1:
             self._extend(step, self.num_scheduler_steps)
@@ -115,7 +121,10 @@ class Scheduler:
             return self.max_num_batched_tokens, True
         allocator = self.space.allocator
         advice = self.monitor.observe(
-            allocator.num_live, allocator.num_usable, len(self.running), self.max_num_batched_tokens
+            allocator.num_live,
+            allocator.num_usable,
+            len(self.running) - len(self.held.running),
+            self.max_num_batched_tokens,
         )
         if advice.release_pins:
             self.space.pins.give_way()
@@ -190,16 +199,30 @@ class Scheduler:
         return rows, growing, needed, budget
 
     def _make_room(self, step: ScheduledStep, needed: int) -> None:
-        """One of those that run gives up its blocks; alone, whatever else holds any goes first."""
-        alone = len(self.running) == 1
-        if alone and (self._release_waiting() or self.space.pins.give_way()):
-            return
-        victim = self.running[0] if alone else self.preemption.victim(self.policy, self.running)
+        """One of those that run gives up its blocks; for one alone, whatever else holds any goes first."""
+        alone = len(self.running) - len(self.held.running) == 1
+        if alone and self.held.running:
+            self._push_out(step, self._victim(self.held.running), needed, may_swap=True)
+        elif not alone:
+            self._push_out(step, self._victim(self.running), needed, may_swap=True)
+        elif not self._release_waiting() and not self.space.pins.give_way():
+            self._push_out(step, self.running[0], needed, may_swap=False)
+
+    def _victim(self, running: list[Request]) -> Request:
+        return self.preemption.victim(self.policy, running)
+
+    def _push_out(self, step: ScheduledStep, victim: Request, needed: int, *, may_swap: bool) -> None:
         self.running.remove(victim)
         self._give_back_row(victim)
-        self.preemption.preempt(victim, needed, may_swap=not alone)
-        self.waiting.push(victim)
+        self.preemption.preempt(victim, needed, may_swap=may_swap)
+        self._queue_again(victim)
         step.preempted.append(victim)
+
+    def _queue_again(self, request: Request) -> None:
+        if request.is_held:
+            self.held.pause(request)  # it has what it ran for: there is nothing to wait for in the queue
+        else:
+            self.waiting.push(request)
 
     @property
     def num_preemptions(self) -> int:
@@ -240,6 +263,7 @@ class Scheduler:
         step.num_admitted += 1
         self.space.enter(request, entry)
         request.row = self._free_rows.pop()
+        request.num_admissions += 1
         request.status = RequestStatus.RUNNING
         for each in (request, *request.forks):
             each.queue_deadline = None
@@ -289,7 +313,8 @@ class Scheduler:
           sampled: one token per row; ignored for rows that have not caught up, and for who has ended meanwhile.
 
         Returns:
-          The requests that got a new token, finished ones included, in batch order.
+          The requests that got a new token, finished ones included, in batch order. Beams get none yet:
+          they are held.
         """
         advanced = []
         for index in step.sampling:
@@ -298,6 +323,9 @@ class Scheduler:
                 continue
             request.num_pending -= 1
             advanced.append(request)
+            if request.is_beam:
+                self.held.hold(request)
+                continue
             ending = request.append(sampled[index])
             if ending is not None:
                 self.publish(request)
@@ -333,12 +361,7 @@ class Scheduler:
 
     def finish(self, request: Request, status: RequestStatus) -> None:
         """Ends a request in whatever state it is; its forks that have not begun are not ended with it."""
-        if request.status is RequestStatus.RUNNING:
-            self.running.remove(request)
-            self._give_back_row(request)
-        elif request in self.waiting:
-            self.waiting.remove(request)
-        elif not request.status.is_finished:
+        if not self.leave(request) and not request.status.is_finished:
             siblings = next((r.forks for r in self.requests() if request in r.forks), [request])
             siblings.remove(request)
         self.space.release(request)
@@ -348,6 +371,20 @@ class Scheduler:
             heir, *rest = request.forks
             heir.forks, request.forks = rest, []
             self.waiting.push(heir)
+
+    def leave(self, request: Request) -> bool:
+        """Takes a request out of where it is; its blocks stay with it. False when it is in none of the queues."""
+        was_held = request.is_held
+        self.held.drop(request)
+        if request.row:
+            self.running.remove(request)
+            self._give_back_row(request)
+            request.status = RequestStatus.WAITING
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        else:
+            return was_held
+        return True
 
     def fail(self, step: ScheduledStep) -> list[Request]:
         """Ends all requests of a step that raised; returns them."""
@@ -368,7 +405,7 @@ class Scheduler:
             self._give_back_row(request)
             request.status = RequestStatus.PREEMPTED
             request.num_preemptions += 1
-            self.waiting.push(request)
+            self._queue_again(request)
         self.running.clear()
         for request in self.requests():
             request.num_pending = 0
@@ -384,7 +421,7 @@ class Scheduler:
 
     def requests(self) -> Iterable[Request]:
         """All unfinished requests, forks that wait included."""
-        for request in (*self.running, *self.waiting):
+        for request in (*self.running, *self.waiting, *self.held.paused):
             yield request
             yield from request.forks
 
@@ -404,6 +441,7 @@ class Scheduler:
             assert request.num_computed_tokens <= known, "computed more than there is"
         num_host_bound = sum(request.needs_tokens_on_host for request in self.running)
         assert self._num_host_bound == num_host_bound, "requests that need their tokens miscounted"
+        self.held.check_invariants(self.running, [*self.waiting, *self.held.paused])
         self.waiting.check_invariants()
         self.space.check_invariants(everything)
 

@@ -4,7 +4,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.beam_search import Beam, BeamHypothesis, BeamSearch, Move
 from jaxpaged.errors import InvalidRequestError
+from tests.core.beam_reference import Model, Reference
 from tests.core.toy_language_model import VOCAB, log_probabilities
-
-type Model = Callable[[tuple[int, ...]], list[float]]
 
 GOLDENS = json.loads((Path(__file__).parent / "beam_goldens.json").read_text(encoding="utf-8"))
 EOS = VOCAB - 1
@@ -57,51 +56,6 @@ def total(model: Model, tokens: Sequence[int]) -> float:
     return sum(model(tuple(tokens[:i]))[token] for i, token in enumerate(tokens))
 
 
-class Reference:
-    """The search of transformers in plain lists: whole vocabularies, everything sorted, nothing left out."""
-
-    def __init__(self, model: Model, params: BeamSearchParams, stops: set[int]) -> None:
-        self.model, self.params, self.stops = model, params, stops
-        self.width = params.beam_width // params.num_beam_groups
-        self.running: list[list[tuple[float, tuple[int, ...]]]] = [[(0.0, ())]] * params.num_beam_groups
-        self.finished: list[list[tuple[float, tuple[int, ...]]]] = [[] for _ in self.running]
-        self.length = 0
-
-    def advance(self) -> None:
-        self.length += 1
-        chosen: list[int] = []
-        for group, running in enumerate(self.running):
-            ranked = sorted(
-                (
-                    (score + logprob - self.params.diversity_penalty * chosen.count(token), (*tokens, token))
-                    for score, tokens in running
-                    for token, logprob in enumerate(self.model(tokens))
-                    if logprob > -math.inf
-                ),
-                reverse=True,
-            )
-            at_end = self.length == self.params.max_tokens
-            for score, tokens in ranked[: self.width]:
-                if tokens[-1] in self.stops or at_end:
-                    normalised = score / self.length**self.params.length_penalty
-                    self.finished[group].append((normalised, tokens))
-            self.finished[group] = sorted(self.finished[group], reverse=True)[: self.width]
-            going_on = [entry for entry in ranked if entry[1][-1] not in self.stops][: self.width]
-            chosen += [tokens[-1] for _, tokens in going_on]
-            is_over = at_end or not going_on or not self.can_improve(group, going_on[0][0])
-            self.running[group] = [] if is_over else going_on
-
-    def can_improve(self, group: int, best: float) -> bool:
-        if len(self.finished[group]) < self.width:
-            return True
-        if self.params.early_stopping is True:
-            return False
-        longest = self.length
-        if self.params.early_stopping == "never" and self.params.length_penalty > 0:
-            longest = self.params.max_tokens
-        return best / longest**self.params.length_penalty > self.finished[group][-1][0]
-
-
 @st.composite
 def searches(draw: st.DrawFn) -> tuple[Model, BeamSearchParams, list[int]]:
     num_groups = draw(st.sampled_from([1, 1, 2, 3]))
@@ -136,12 +90,10 @@ def test_every_step_is_that_of_the_reference(case: tuple[Model, BeamSearchParams
         reference.advance()
         expected = {(group, tokens) for group, beams in enumerate(reference.running) for _, tokens in beams}
         assert {(beam.group, beam.token_ids) for beam in search.beams} == expected
-    expected_results = sorted(
-        ((-score, group, tokens) for group, found in enumerate(reference.finished) for score, tokens in found)
-    )
+    expected_results = reference.results()
     results = search.results()
-    assert [found.token_ids for found in results] == [tokens for _, _, tokens in expected_results]
-    assert [found.score for found in results] == pytest.approx([-score for score, _, _ in expected_results])
+    assert [found.token_ids for found in results] == [tokens for _, tokens in expected_results]
+    assert [found.score for found in results] == pytest.approx([score for score, _ in expected_results])
     for found in results:
         stopped = found.token_ids[-1] in stops
         assert found.finish_reason == ("stop" if stopped else "length")

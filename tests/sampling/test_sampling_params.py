@@ -87,8 +87,8 @@ def test_every_64_bit_seed_is_taken(seed: int) -> None:
 
 def test_from_dict_names_unknown_keys() -> None:
     assert SamplingParams.from_dict({"n": 2, "stop": ["x"]}) == SamplingParams(n=2, stop="x")
-    with pytest.raises(InvalidRequestError, match="best_of=3"):
-        SamplingParams.from_dict({"best_of": 3})
+    with pytest.raises(InvalidRequestError, match="use_beam_search=True"):
+        SamplingParams.from_dict({"use_beam_search": True})
 
 
 def test_stop_strings_need_text() -> None:

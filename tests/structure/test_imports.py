@@ -7,6 +7,7 @@ from tests.support.repository import imports, imports_at_load, is_within, python
 
 LAYERS = {"pallas_kernels": 0, "models": 1, "jaxpaged": 2, "serve": 3}
 PURE_HOST_FILES = (
+    "beam_group",
     "beam_params",
     "beam_search",
     "block_allocator",
@@ -16,6 +17,7 @@ PURE_HOST_FILES = (
     "config",
     "deadlines",
     "errors",
+    "held_beams",
     "host_tier",
     "kv_layout",
     "memory_monitor",
