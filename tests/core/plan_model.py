@@ -66,8 +66,12 @@ class PlanModel:
         assert not request.holds_blocks, "a preempted request keeps blocks"
         is_swapped = request.host_tables is not None
         assert request.status is (RequestStatus.SWAPPED if is_swapped else RequestStatus.PREEMPTED)
-        if not is_swapped:
+        if request.host_tables is None:
             self.progress.pop(request, None)
+        for window, blocks in zip(self.scheduler.space.windows, request.host_tables or (), strict=False):
+            unseen = 0 if window is None else max(0, request.num_computed_tokens - window + 1)
+            behind = blocks[: unseen // self.scheduler.space.block_size]
+            assert not any(block >= 0 for block in behind), "keeps a block behind its window on the host"
         if request.num_preemptions > MAX_PREEMPTIONS:
             # Those that run now ran then: nobody is admitted in a step that preempts.
             others = [r for r in self.scheduler.running if r.num_preemptions < MAX_PREEMPTIONS]
