@@ -429,6 +429,7 @@ class BlockSpace:
                     assert request.num_computed_tokens <= table.capacity, "computed tokens without a block"
                 for block in ids:
                     holders[block] = holders.get(block, 0) + 1
+            assert request.num_published <= len(request.table), "published blocks that it does not hold"
             if self._shared_tables(request):
                 assert request.may_share, "would write to a shared block without knowing"
             if request.host_tables is not None:

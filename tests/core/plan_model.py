@@ -3,6 +3,7 @@
 from collections import Counter
 from itertools import groupby
 
+from jaxpaged.memory_monitor import MemoryLevel
 from jaxpaged.preemption import MAX_PREEMPTIONS
 from jaxpaged.request import Request, RequestStatus
 from jaxpaged.scheduler import ScheduledStep, Scheduler
@@ -58,16 +59,38 @@ class PlanModel:
                 assert known == request.num_computed_tokens + 1, "several steps of a row that lags behind"
                 assert known + step.num_steps <= request.max_total_tokens, "more tokens than it may have"
                 assert not request.needs_single_steps
+        self._check_left_out(step)
         self._check_writers(step)
         self._check_moves(step.moves)
+
+    def _check_left_out(self, step: ScheduledStep) -> None:
+        """Who runs and has something to compute does so, until the tokens of the step are used up."""
+        scheduler, rows = self.scheduler, {request for request, _ in step.rows}
+        if (
+            self._was_running
+            and scheduler.monitor is not None
+            and scheduler.monitor.level is not MemoryLevel.NORMAL
+        ):
+            assert rows <= self._was_running, "a newcomer while memory is short"
+        budget = scheduler.max_num_batched_tokens
+        for request in scheduler.running:
+            known = request.num_tokens + request.num_pending
+            is_done = request.num_pending > 0 and known >= request.max_total_tokens
+            if request not in rows and not is_done and request.num_computed_tokens < known:
+                used_up = step.num_tokens >= (budget if scheduler.monitor is None else budget // 2)
+                assert used_up, f"{request} is left out"
 
     def _check_preempted(self, request: Request) -> None:
         assert request.row == 0
         assert not request.holds_blocks, "a preempted request keeps blocks"
         is_swapped = request.host_tables is not None
         assert request.status is (RequestStatus.SWAPPED if is_swapped else RequestStatus.PREEMPTED)
-        if not is_swapped:
+        if request.host_tables is None:
             self.progress.pop(request, None)
+        for window, blocks in zip(self.scheduler.space.windows, request.host_tables or (), strict=False):
+            unseen = 0 if window is None else max(0, request.num_computed_tokens - window + 1)
+            behind = blocks[: unseen // self.scheduler.space.block_size]
+            assert not any(block >= 0 for block in behind), "keeps a block behind its window on the host"
         if request.num_preemptions > MAX_PREEMPTIONS:
             # Those that run now ran then: nobody is admitted in a step that preempts.
             others = [r for r in self.scheduler.running if r.num_preemptions < MAX_PREEMPTIONS]

@@ -87,7 +87,7 @@ class PoolModel:
     """Simulated memory of one scheduler, device and host; its methods assert.
 
     The device also knows tokens before the host does: ``pending`` are those that it has sampled and nobody has
-    collected.
+    collected. The next step finds such a token by the row that sampled it, and only the last one.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -96,6 +96,7 @@ class PoolModel:
         self.slots: dict[int, Content] = {}
         self.host: dict[int, list[Content | None]] = {}
         self.pending: dict[Request, list[int]] = {}
+        self._sampled: dict[int, tuple[Request, int]] = {}  # by row: whose token, and its position
 
     def tokens(self, request: Request) -> list[int]:
         """All tokens of a request, as the device knows them."""
@@ -123,6 +124,7 @@ class PoolModel:
                 column.append(sample() if caught_up else -1)
                 if caught_up:
                     self.pending.setdefault(request, []).append(column[-1])
+                    self._sampled[request.row] = request, len(known[request])
             columns.append(column)
         return columns
 
@@ -147,6 +149,10 @@ class PoolModel:
     def _write(self, request: Request, tokens: list[int], first: int, end: int) -> None:
         assert end <= len(tokens), "computes a token that does not exist yet"
         for position in range(first, end):
+            if position >= request.num_tokens:
+                assert self._sampled.get(request.row) == (request, position), (
+                    "a token that the row does not have"
+                )
             prefix = tuple(tokens[: position + 1])
             for group, table in enumerate(request.tables):
                 assert table.ids[position // self.space.block_size] != 0, "writes to a hole"
@@ -217,6 +223,7 @@ class PoolModel:
         self.slots.clear()
         self.host.clear()
         self.pending.clear()
+        self._sampled.clear()
 
     def forget(self, requests: Iterable[Request]) -> None:
         """These have finished."""

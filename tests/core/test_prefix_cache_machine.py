@@ -24,7 +24,7 @@ class BlockSpaceMachine(RuleBasedStateMachine):
     def start(self, num_blocks: int, block_size: int) -> None:
         self.space = BlockSpace(num_blocks, block_size)
         self.requests: list[Request] = []
-        self.content: dict[int, tuple[Any, ...]] = {}  # full blocks, by id: salt and prefix
+        self.content: dict[int, tuple[Any, ...]] = {}  # by block: salt and the prefix that ends in it
 
     def blocks_of(self, request: Request) -> list[int]:
         return request.table.ids[: request.num_computed_tokens // self.space.block_size]
@@ -69,8 +69,9 @@ class BlockSpaceMachine(RuleBasedStateMachine):
             assert self.space.allocator.count(block) == 1, "a shared block is written"
             assert block not in self.space.cache or not copied
             self.content.pop(block, None)
-        for index in range(first, target // size):
-            self.content[request.table.ids[index]] = self.prefix(request, index)
+        for index in range(first, last + 1):
+            written = request.token_ids[: min(target, (index + 1) * size)]
+            self.content[request.table.ids[index]] = (request.cache_salt, *written)
         self.space.publish(request, target)
         self.space.unused.written(target - request.num_computed_tokens)
         request.num_computed_tokens = target
@@ -85,26 +86,24 @@ class BlockSpaceMachine(RuleBasedStateMachine):
         self.compute(request, request.num_tokens)
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def fork(self, data: st.DataObject) -> None:
-        """A branch that shares some of its parent's computed tokens, with the parent still there or gone."""
+    @rule(data=st.data(), token=st.integers(0, 1))
+    def fork(self, data: st.DataObject, token: int) -> None:
+        """A request that begins with any of its parent's tokens, and writes behind them."""
         parent = data.draw(st.sampled_from(self.requests))
-        if not parent.table.ids:
-            return
-        shared = data.draw(st.integers(1, parent.num_computed_tokens))
-        rest = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=4))
-        tokens = data.draw(st.sampled_from([parent.token_ids[:shared] + rest, [*parent.token_ids]]))
-        shared = min(shared, len(tokens) - 1)
-        (child,) = make_request("c", tokens, block_size=self.space.block_size, salt=parent.cache_salt)
-        assert self.space.fork(parent, child, shared)
+        shared = data.draw(st.integers(0, parent.num_tokens))
+        (child,) = make_request(
+            "c",
+            [*parent.token_ids[:shared], token],
+            block_size=self.space.block_size,
+            salt=parent.cache_salt,
+        )
+        assert self.space.fork(parent, child, shared) == (shared <= parent.num_computed_tokens)
         assert child.num_computed_tokens == shared
+        if self.space.blocks_to_grow(child, child.num_tokens) > self.space.num_free:
+            self.space.release(child)
+            return
         self.requests.append(child)
-        if data.draw(st.booleans()):
-            self.requests.remove(parent)
-            self.space.release(parent)
-        fits = self.space.blocks_to_grow(child, child.num_tokens) <= self.space.num_free
-        if fits and data.draw(st.booleans()):
-            self.compute(child, child.num_tokens)
+        self.compute(child, child.num_tokens)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -127,6 +126,12 @@ class BlockSpaceMachine(RuleBasedStateMachine):
         for request in self.requests:
             for index, block in enumerate(self.blocks_of(request)):
                 assert self.content[block] == self.prefix(request, index), "a block was overwritten"
+        for block in range(1, self.space.num_blocks):
+            key = self.space.cache.key_of(block)
+            if key is not None:
+                salt, *tokens = self.content[block]
+                wanted = block_hashes(tokens, self.space.block_size, salt=salt)[-1:]
+                assert wanted == [key], "a cached block holds something else"
         for block in self.space.cache.blocks:
             salt, *tokens = self.content[block]
             digest = block_hashes(tokens, self.space.block_size, salt=salt)[-1]

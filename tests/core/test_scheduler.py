@@ -141,6 +141,71 @@ def test_a_failed_step_publishes_nothing() -> None:
     assert second.num_cached_tokens == 0
 
 
+def test_a_step_is_planned_before_the_tokens_of_the_last_one_are_known() -> None:
+    scheduler = make_scheduler(num_blocks=40, block_size=4, budget=64)
+    (request,) = add(scheduler, "a", 3, max_tokens=3)
+    first = scheduler.schedule()
+    scheduler.advance(first)
+    assert (request.num_computed_tokens, request.num_pending) == (3, 1)
+    second = scheduler.schedule()
+    assert planned(second) == [("a", 0, 1)], "the token that only the device knows"
+    assert second.published == [], "a block is found by its tokens, of which the host lacks the last"
+    scheduler.advance(second)
+    assert scheduler.collect(first, [5]) == [request]
+    third = scheduler.schedule()
+    assert third.published == request.table.ids[:1]
+    scheduler.advance(third)
+    scheduler.collect(second, [6])
+    assert planned(scheduler.schedule()) == [], "its third and last token is on the way"
+    scheduler.collect(third, [7])
+    assert (request.output_token_ids, request.status) == ([5, 6, 7], RequestStatus.FINISHED_LENGTH)
+    scheduler.check_invariants()
+
+
+def test_a_token_that_comes_after_the_end_is_dropped() -> None:
+    scheduler = make_scheduler(num_blocks=40, block_size=4, budget=64)
+    (request,) = add(scheduler, "a", 3)
+    steps = [scheduler.schedule()]
+    scheduler.advance(steps[0])
+    steps.append(scheduler.schedule())
+    scheduler.advance(steps[1])
+    scheduler.collect(steps[0], [5])
+    scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
+    assert scheduler.collect(steps[1], [6]) == []
+    assert request.output_token_ids == [5]
+    assert scheduler.space.num_free == 39
+
+
+def test_who_was_pushed_out_waits_for_its_token_before_it_comes_back() -> None:
+    """Another row would not know the token, and its own may have another owner by then."""
+    scheduler = make_scheduler(num_blocks=7, block_size=4, budget=64)
+    (first,), (second,) = add(scheduler, "a", 11, max_tokens=8), add(scheduler, "b", 11, max_tokens=8)
+    run(scheduler)
+    ahead = scheduler.schedule()
+    scheduler.advance(ahead)
+    step = scheduler.schedule()
+    scheduler.advance(step)
+    assert step.preempted == [second]
+    assert second.num_pending == 1
+    scheduler.finish(first, RequestStatus.FINISHED_ABORTED)
+    assert planned(scheduler.schedule()) == []
+    scheduler.collect(ahead, [5, 6])
+    assert second.output_token_ids == [7, 6]
+    assert planned(scheduler.schedule()) == [("b", 0, 5)], "eight were found again"
+
+
+def test_a_request_that_needs_its_tokens_says_so_while_it_runs() -> None:
+    scheduler = make_scheduler(num_blocks=40, block_size=4, budget=64)
+    (request,) = add(scheduler, "a", 3, max_tokens=2)
+    request.needs_tokens_on_host = True
+    assert not scheduler.needs_tokens
+    run(scheduler)
+    assert scheduler.needs_tokens
+    run(scheduler)
+    assert request.status.is_finished
+    assert not scheduler.needs_tokens
+
+
 def test_a_fork_that_wants_its_prompts_log_probabilities_computes_all_of_it() -> None:
     scheduler = make_scheduler(num_blocks=40, block_size=4, budget=64)
     (parent,) = add(scheduler, "a", 10)
