@@ -3,7 +3,6 @@
 import itertools
 import logging
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +17,7 @@ from jaxpaged.call_arguments import listed_prompts, one_each, sampling_params_ea
 from jaxpaged.core import EngineCore
 from jaxpaged.errors import EngineClosedError, InvalidRequestError, UnknownRequestError
 from jaxpaged.generation import Generation
-from jaxpaged.intake import Handling, Intake, Prompt, check_seconds, eos_token_ids
+from jaxpaged.intake import Handling, Intake, Prompt, eos_token_ids
 from jaxpaged.memory import MemoryReport
 from jaxpaged.models import Decoder
 from jaxpaged.outputs import EngineStats, RequestOutput
@@ -204,21 +203,8 @@ class Engine:
           InvalidRequestError: something is wrong with an argument, or all pins together would take more than half
             of the pool.
         """
-        space = self._live.scheduler.space
-        if not isinstance(pin_id, str) or not pin_id:
-            raise InvalidRequestError("pin_id", pin_id, "must be a string that is not empty")
-        check_seconds("ttl", ttl)
-        keys = self._intake.prefix_keys(prompt, cache_salt)
-        if not space.enable_prefix_caching:
-            raise InvalidRequestError(
-                "pin_id", pin_id, "nothing can be pinned with enable_prefix_caching=False"
-            )
-        if not space.pins.has_room(pin_id, keys, space.allocator.num_usable // 2):
-            limit = space.allocator.num_usable // 2
-            raise InvalidRequestError(
-                "prompt", f"{len(keys)} blocks", f"all pins may take {limit} blocks, half of the pool"
-            )
-        return space.pins.add(pin_id, keys, None if ttl is None else time.monotonic() + ttl)
+        _ = self._live  # a closed engine raises
+        return self._intake.pin(prompt, pin_id, ttl, cache_salt)
 
     def unpin_prefix(self, pin_id: str) -> None:
         """Ends a pin; its blocks stay findable until they are needed.
@@ -285,13 +271,9 @@ class Engine:
           Exception: what ended one of the requests, if a step failed; the others are aborted.
         """
         listed = listed_prompts(prompts)
-        every = sampling_params_each(sampling_params, len(listed))
-        return self._complete(
-            listed,
-            [params.clone(output_kind=RequestOutputKind.FINAL_ONLY) for params in every],
-            "generate",
-            use_tqdm,
-        )
+        final, given = RequestOutputKind.FINAL_ONLY, sampling_params_each(sampling_params, len(listed))
+        every = [params.clone(output_kind=final) for params in given]
+        return self._complete(listed, every, "generate", use_tqdm)
 
     def beam_search(
         self,
@@ -438,10 +420,8 @@ class Engine:
 
     def block_tables(self) -> dict[str, list[list[int]]]:
         """Block ids of every live request, one list for each of its completions."""
-        return {
-            name: [list(completion.request.table) for completion in generation.completions]
-            for name, generation in self._live.generations.items()
-        }
+        live = self._live.generations.items()
+        return {name: [list(c.request.table) for c in generation.completions] for name, generation in live}
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached prefixes; what runs goes on."""

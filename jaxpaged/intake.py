@@ -245,7 +245,24 @@ class Intake:
             for index, completion in enumerate(generation.completions):
                 completion.seed = _child_seed(seed, index)
 
-    def prefix_keys(self, prompt: Prompt, cache_salt: str | None) -> list[bytes]:
+    def pin(self, prompt: Prompt, pin_id: str, ttl: float | None, cache_salt: str | None) -> int:
+        """Pins the full blocks of a prompt, as ``Engine.pin_prefix`` says; returns how many are in the pool."""
+        space = self._space
+        if not isinstance(pin_id, str) or not pin_id:
+            raise InvalidRequestError("pin_id", pin_id, "must be a string that is not empty")
+        check_seconds("ttl", ttl)
+        if not space.enable_prefix_caching:
+            raise InvalidRequestError(
+                "pin_id", pin_id, "nothing can be pinned with enable_prefix_caching=False"
+            )
+        keys, limit = self._prefix_keys(prompt, cache_salt), space.allocator.num_usable // 2
+        if not space.pins.has_room(pin_id, keys, limit):
+            raise InvalidRequestError(
+                "prompt", f"{len(keys)} blocks", f"all pins may take {limit} blocks, half of the pool"
+            )
+        return space.pins.add(pin_id, keys, None if ttl is None else time.monotonic() + ttl)
+
+    def _prefix_keys(self, prompt: Prompt, cache_salt: str | None) -> list[bytes]:
         """Cache keys of the full blocks of a prompt, in all groups of layers."""
         _, token_ids, salt = self._read_prompt(prompt)
         salt = cache_salt if cache_salt is not None else salt

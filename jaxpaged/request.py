@@ -133,6 +133,12 @@ class Request:
         """The sampled tokens."""
         return self.token_ids[self.num_prompt_tokens :]
 
+    def common_length(self, other: "Request") -> int:
+        """How many tokens both begin with."""
+        pairs = zip(self.token_ids, other.token_ids, strict=False)
+        same = min(len(self.token_ids), len(other.token_ids))
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), same)
+
     def append(self, token_id: int) -> RequestStatus | None:
         """Adds a sampled token; returns the status to finish with when the token ends the request."""
         self.token_ids.append(token_id)

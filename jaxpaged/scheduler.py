@@ -352,7 +352,7 @@ class Scheduler:
 
     def fork(self, parent: Request, child: Request) -> None:
         """Queues ``child``, whose tokens begin with some of the parent's; it shares what of them is computed."""
-        shared = min(parent.num_computed_tokens, child.num_tokens - 1, _common_length(parent, child))
+        shared = min(parent.num_computed_tokens, child.num_tokens - 1, parent.common_length(child))
         if child.needs_all_logits:
             shared = 0  # the prompt's log-probabilities come from computing it
         if shared > 0 and parent.holds_blocks and self.space.fork(parent, child, shared):
@@ -444,10 +444,3 @@ class Scheduler:
         self.held.check_invariants(self.running, [*self.waiting, *self.held.paused])
         self.waiting.check_invariants()
         self.space.check_invariants(everything)
-
-
-def _common_length(parent: Request, child: Request) -> int:
-    """Length of the tokens that both begin with."""
-    pairs = zip(parent.token_ids, child.token_ids, strict=False)
-    same = min(len(parent.token_ids), len(child.token_ids))
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), same)

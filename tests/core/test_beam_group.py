@@ -22,7 +22,8 @@ from jaxpaged.request import Request, RequestStatus
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.scheduler import ScheduledStep, Scheduler
 from jaxpaged.step_plan import MoveKind
-from tests.core.pool_model import Content, PoolModel, content_of, make_request
+from tests.core.beam_pool import Content, PoolModel, content_of
+from tests.core.pool_model import make_request
 from tests.core.toy_language_model import VOCAB, log_probabilities
 
 EOS = VOCAB - 1
