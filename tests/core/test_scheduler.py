@@ -206,6 +206,51 @@ def test_a_request_that_needs_its_tokens_says_so_while_it_runs() -> None:
     assert not scheduler.needs_tokens
 
 
+def num_steps_of(scheduler: Scheduler) -> int:
+    step = scheduler.schedule()
+    scheduler.advance(step)
+    for _ in range(step.num_steps):
+        scheduler.collect(step, [7] * len(step.rows))
+    scheduler.check_invariants()
+    return step.num_steps
+
+
+def test_several_steps_at_a_time_when_nothing_on_the_host_has_a_say_in_between() -> None:
+    scheduler = make_scheduler(num_blocks=40, block_size=4, budget=64, max_num_seqs=2, num_scheduler_steps=3)
+    (first,) = add(scheduler, "a", 3, max_tokens=12)
+    assert [num_steps_of(scheduler) for _ in range(2)] == [1, 3], "not with a prompt"
+    assert first.num_output_tokens == 4
+    (second,) = add(scheduler, "b", 3, max_tokens=9)
+    (third,) = add(scheduler, "c", 3, max_tokens=9)
+    assert [num_steps_of(scheduler) for _ in range(2)] == [1, 1], "somebody waits"
+    scheduler.finish(third, RequestStatus.FINISHED_ABORTED)
+    second.needs_single_steps = True
+    assert num_steps_of(scheduler) == 1
+    second.needs_single_steps = False
+    assert num_steps_of(scheduler) == 3
+    assert (first.num_output_tokens, second.num_output_tokens) == (10, 6)
+    assert num_steps_of(scheduler) == 1, "a has two tokens left"
+
+
+def test_not_several_steps_while_completions_wait_for_the_prompt() -> None:
+    scheduler = make_scheduler(num_blocks=40, block_size=4, budget=64, num_scheduler_steps=3)
+    add(scheduler, "a", 1, max_tokens=12, n=2)
+    assert [num_steps_of(scheduler) for _ in range(2)] == [1, 3]
+
+
+def test_not_several_steps_when_their_blocks_are_not_free() -> None:
+    scheduler = make_scheduler(num_blocks=3, block_size=2, budget=64, num_scheduler_steps=3)
+    (request,) = add(scheduler, "a", 1, max_tokens=4)
+    assert [num_steps_of(scheduler) for _ in range(2)] == [3, 1]
+    assert request.status.is_finished
+    scheduler = make_scheduler(num_blocks=4, block_size=2, budget=64, num_scheduler_steps=3)
+    (other,) = make_request("other", [1], block_size=2)
+    scheduler.space.enter(other, scheduler.space.plan_entry(other))
+    scheduler.space.grow(other, 3)
+    add(scheduler, "a", 1, max_tokens=4)
+    assert scheduler.schedule().num_steps == 1
+
+
 def test_a_fork_that_wants_its_prompts_log_probabilities_computes_all_of_it() -> None:
     scheduler = make_scheduler(num_blocks=40, block_size=4, budget=64)
     (parent,) = add(scheduler, "a", 10)
