@@ -124,7 +124,7 @@ class Crowd:
     def act(self) -> None:
         """One action."""
         choice = self.rng.choice(self._choices)
-        if len(self.live) > 3 * self.engine.config.max_num_seqs:
+        if len(self.engine.block_tables()) > 3 * self.engine.config.max_num_seqs:
             choice = self.rng.choice([self.abort, self.drop])
         self.actions[choice()] += 1
 

@@ -23,7 +23,7 @@ class CompletionOutput:
 
     ``text`` and ``token_ids`` hold everything so far or only what is new, as the request's ``output_kind`` says.
     ``logprobs`` has one mapping (token id to ``Logprob``) a token. ``finish_reason`` is "stop", "length", "abort",
-    "error" or None while it runs; ``stop_reason`` the stop string or token id that ended it, None for EOS.
+    "error", "timeout" or None while it runs; ``stop_reason`` the stop string or token id that ended it, None for EOS.
     """
 
     index: int

@@ -98,6 +98,15 @@ def test_a_step_that_fails_ends_its_requests_only(
         assert tokens_of(ahead.generate(prompt, GREEDY)) == [dense_greedy(prompt, 16)], name
 
 
+def test_who_is_struck_keeps_what_was_on_its_way(ahead: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that cannot be launched comes after the one under way, whose tokens are good."""
+    strike(monkeypatch, ahead, 2, "launch", "error")
+    ahead.add_request("x", prompt_of(5), GREEDY.clone(max_tokens=30))
+    (completion,) = drain(ahead)["x"].outputs
+    num_tokens = 1 + ahead.config.num_scheduler_steps  # of the prompt's step and one of decoding
+    assert completion.token_ids == dense_greedy(prompt_of(5), num_tokens)
+
+
 @pytest.mark.parametrize("where", ["launch", "fetch", "results"])
 @pytest.mark.parametrize("number", range(6))
 def test_an_interrupt_loses_nothing(
