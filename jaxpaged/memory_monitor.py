@@ -16,7 +16,7 @@ from jaxpaged.errors import InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
-LOG_SECONDS = 10.0  # a small pool may enter a level, other than CRITICAL, every few steps
+LOG_SECONDS = 10.0  # a small pool may enter a level every few steps
 
 
 class MemoryLevel(enum.Enum):
@@ -130,7 +130,7 @@ class MemoryMonitor:
         self.level = level
         self.num_transitions[level] += 1
         now = time.monotonic()
-        if level is not MemoryLevel.CRITICAL and now - self._logged[level] < LOG_SECONDS:
+        if now - self._logged[level] < LOG_SECONDS:
             return
         self._logged[level] = now
         logger.log(

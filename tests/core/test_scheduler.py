@@ -277,6 +277,17 @@ def test_after_a_restart_nobody_counts_as_swapped_out() -> None:
     assert planned(run(scheduler)) == [("a", 0, 14)]
 
 
+def test_the_last_block_that_a_request_fills_is_found_by_the_next() -> None:
+    """It is published at the end, for there is no next token whose step would do it."""
+    scheduler = make_scheduler(num_blocks=40, block_size=4, budget=64)
+    (first,) = add(scheduler, "a", 6, max_tokens=3)
+    while not first.status.is_finished:
+        run(scheduler)
+    (second,) = add(scheduler, "b", [*first.token_ids, 1, 2])
+    run(scheduler)
+    assert second.num_cached_tokens == 8
+
+
 def test_a_step_of_many_rows_is_planned_quickly() -> None:
     """A sanity bound far above what it takes (benchmarks measure it): nothing quadratic, nothing by position."""
     scheduler = make_scheduler(num_blocks=20_000, block_size=16, max_num_seqs=64, budget=4096)
