@@ -146,7 +146,12 @@ class EngineCore:
     def _launch(self) -> list[RequestOutput]:
         """Plans a step and hands it to the device; returns outputs only of requests that this ended."""
         begun = time.perf_counter()
-        step = self.scheduler.schedule()
+        try:
+            step = self.scheduler.schedule()
+        except BaseException:
+            # A policy of the user's raised, or somebody interrupted us: half a plan is not to be relied on.
+            self._start_over()
+            raise
         scheduled = time.perf_counter()
         self.books.totals.schedule_time += scheduled - begun
         try:

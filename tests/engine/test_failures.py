@@ -1,6 +1,6 @@
 """A failure ends the requests that it strikes, never the engine, and leaks nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,8 @@ import pytest
 from jaxpaged import Engine, RequestOutput
 from jaxpaged.detokenizer import IncrementalDetokenizer
 from jaxpaged.errors import RecompileError
+from jaxpaged.policies import Fcfs
+from jaxpaged.request import Request
 from tests.engine.tiny import GREEDY, dense_greedy, drain, new_engine, prompt_of
 
 
@@ -176,3 +178,37 @@ def test_a_missing_program_after_the_warm_up_names_its_shape() -> None:
         assert isinstance(drain(engine)["x"].error, RecompileError)
         # What needs other programs still runs.
         assert engine.generate(prompt_of(1), GREEDY)[0].outputs[0].token_ids == dense_greedy(prompt_of(1), 16)
+
+
+class RaisesOnce(Fcfs):
+    """A policy with a mistake in it, or somebody's Ctrl-C while it thinks."""
+
+    window = 2
+
+    def __init__(self, error: BaseException) -> None:
+        self.error: BaseException | None = error
+
+    def choose(self, candidates: Sequence[Request], num_cached_tokens: Callable[[Request], int]) -> int:
+        if self.error is not None and len(candidates[0].token_ids) == 30:
+            error, self.error = self.error, None
+            raise error
+        return 0
+
+
+@pytest.mark.parametrize(
+    "error", [Broken("no choice today"), KeyboardInterrupt()], ids=["error", "interrupt"]
+)
+def test_a_plan_that_is_not_finished_is_forgotten(error: BaseException) -> None:
+    """Blocks were taken and published by then for a request of the same step, which has not run."""
+    first, second, third = prompt_of(9, seed=1), prompt_of(30, seed=2), [*prompt_of(9, seed=1), 7, 8]
+    with new_engine(scheduling_policy=RaisesOnce(error), max_num_batched_tokens=64) as engine:
+        for name, prompt in (("first", first), ("second", second), ("third", third)):
+            engine.add_request(name, prompt, GREEDY)
+        with pytest.raises(type(error)):
+            engine.step()
+        engine.check_invariants()
+        engine.abort_request("first")
+        outputs = drain(engine)
+        assert outputs["second"].outputs[0].token_ids == dense_greedy(second, 16)
+        assert outputs["third"].outputs[0].token_ids == dense_greedy(third, 16)
+        assert engine.stats().num_free_blocks == engine.stats().num_blocks
