@@ -372,9 +372,7 @@ BAD_HANDLING: list[tuple[str, Any]] = [
 ]
 
 BAD_ARGUMENTS: list[tuple[str, Any]] = [
-    *itertools.product(
-        ["scheduling_policy"], ["lifo", "", 5, "no.such.Module", "os.path.Nothing", [], 3.5]
-    ),
+    *itertools.product(["scheduling_policy"], ["lifo", "", 5, "no.such.Module", "os.path.Nothing", [], 3.5]),
     *itertools.product(
         ["tenant_weights"],
         [5, "ab", [1], {"a": 0}, {"a": -1.0}, {"a": NAN}, {"a": "1"}, {"a": True}, {1: 1.0}],

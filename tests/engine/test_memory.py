@@ -79,7 +79,9 @@ def test_memory_is_flat_over_ten_thousand_steps() -> None:
 def test_close_gives_the_memory_back() -> None:
     one_program = {"max_num_seqs": 2, "max_num_batched_tokens": 2, "num_scheduler_steps": 1}
     params = GREEDY.clone(max_tokens=1)
-    with new_engine(**one_program) as warm:
+    with new_engine(
+        num_blocks=60_000, **one_program
+    ) as warm:  # what compiling leaves behind is not the engine's
         warm.generate(prompt_of(4), params)
     gc.collect()
     before = resident_bytes()
@@ -92,4 +94,4 @@ def test_close_gives_the_memory_back() -> None:
     engine.close()
     assert pool.k.is_deleted()
     assert pool.v.is_deleted()
-    assert resident_bytes() - before < 0.3 * size  # what remains is the compiler's
+    assert resident_bytes() - before < 0.3 * size

@@ -70,10 +70,15 @@ def test_paged_equals_dense(family: str, attention: str | None, variant: str) ->
         for _ in range(2):  # the second time from the prefix cache
             for output in engine.generate([*prompts, prompts[0]], params):
                 assert is_dense_greedy(output.prompt_token_ids, output.outputs[0].token_ids, model, chosen)
-        # Where all layers have a window the blocks behind it are given back, and memory never runs short.
-        has_window = FAMILIES[family].sliding_windows[0] is not None
-        assert (engine.stats().num_preemptions > 0) != has_window
-        assert engine.stats().prefix_cache_hits > 0
+        stats = engine.stats()
+        if FAMILIES[family].sliding_windows[0] is None:
+            assert stats.num_preemptions > 0
+            assert stats.prefix_cache_hits > 0
+        else:
+            # The blocks behind the window are given back: memory never runs short, and they are used again long before
+            # the prompt comes back (test_hybrid finds such prefixes in a larger pool).
+            assert stats.num_preemptions == 0
+            assert stats.blocks_trimmed > 0
 
 
 @pytest.mark.parametrize("variant", ["alibi", "every other"])
