@@ -11,26 +11,8 @@ from jaxpaged import Engine, SamplingParams
 from jaxpaged.block_trace import BlockTrace
 from jaxpaged.models import embedded_model_path
 from jaxpaged.plot import block_map
+from jaxpaged.serve.demo import SHARED
 
-SHARED = '''"""A stack and a queue, both over lists."""
-
-
-class Stack:
-    def __init__(self):
-        self.items = []
-
-    def push(self, item):
-        self.items.append(item)
-
-    def pop(self):
-        return self.items.pop()
-
-
-class Queue:
-    def __init__(self):
-        self.items = []
-
-    def '''
 ENDINGS = ("push(self, ", "pop(self", "__len__(self", "__repr__(self", "clear(self", "peek(self")
 OTHERS = (
     "import os\nimport sys\n\ndef main(",

@@ -1,7 +1,6 @@
 """The engine as users hold it: ``generate``, ``stream``, ``add_request`` / ``step`` / ``abort_request``."""
 
 import itertools
-import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,8 +25,6 @@ from jaxpaged.records import IterationRecord, RequestRecord
 from jaxpaged.sampling_params import RequestOutputKind, SamplingParams
 from jaxpaged.tokenizer import Tokenizer
 
-logger = logging.getLogger(__name__)
-
 
 class Engine:
     """Paged-KV inference of one model on one device.
@@ -45,10 +42,12 @@ class Engine:
       variant: attention variant laid over the model's own: its fields that are not None win.
       compilation_cache_dir: where XLA keeps compiled programs from one process to the next; None leaves
         JAX's configuration alone.
-      **arguments: fields of ``EngineConfig``: ``dtype``, ``max_model_len``, ``block_size``, ``num_blocks``,
-        ``gpu_memory_utilization``, ``max_num_seqs``, ``max_num_batched_tokens``, ``num_scheduler_steps``,
-        ``enable_prefix_caching``, ``attention``, ``seed``, ``warmup``, ``max_logprobs``, ``logprobs_mode``,
-        ``deterministic``. Names as in vLLM.
+      **arguments: fields of ``EngineConfig``, which says what each is; names as in vLLM. Sizes: ``dtype``,
+        ``max_model_len``, ``block_size``, ``max_num_seqs``, ``max_num_batched_tokens``. Memory: ``num_blocks``,
+        ``gpu_memory_utilization``, ``enable_prefix_caching``, ``swap_space``, ``num_host_blocks``,
+        ``preemption_mode``, ``watermark``, ``memory_warning``, ``memory_critical``. Scheduling:
+        ``scheduling_policy``, ``tenant_weights``, ``async_scheduling``, ``num_scheduler_steps``. Results: ``seed``,
+        ``max_logprobs``, ``logprobs_mode``, ``deterministic``. Programs: ``attention``, ``warmup``.
 
     An engine belongs to one thread.
 

@@ -247,8 +247,6 @@ def test_beams_become_fewer_and_more_again() -> None:
         {"max_num_seqs": 1},
         {"num_blocks": 8},
         {"num_blocks": 8, "num_host_blocks": 30},
-        # One that runs needs what a held one keeps.
-        {"num_blocks": 9, "max_num_seqs": 2, "budget": 1, "caching": False},
     ],
 )
 def test_beams_that_do_not_fit_run_one_after_the_other(sizes: dict[str, int]) -> None:
@@ -264,6 +262,15 @@ def test_beams_that_do_not_fit_run_one_after_the_other(sizes: dict[str, int]) ->
     drive.finish_all()
     assert paused
     assert bool(drive.space.stats.swapped_in) == ("num_host_blocks" in sizes)
+
+
+def test_who_runs_alone_gets_the_blocks_of_held_beams() -> None:
+    """The request is older than the beams, and would itself be the first to go."""
+    drive = Drive(num_blocks=7, max_num_seqs=2, budget=2, caching=False)
+    drive.add_plain("p", [1, 2], 9)
+    drive.add_search("s", [1, 2], BeamSearchParams(beam_width=2, max_tokens=9, early_stopping="never"))
+    drive.finish_all()
+    assert drive.plain["p"].num_preemptions == 0
 
 
 def test_running_beams_need_no_copy_where_a_block_ends() -> None:

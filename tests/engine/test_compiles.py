@@ -1,7 +1,6 @@
 """After the warm-up nothing compiles, whatever requests ask for."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import pytest
@@ -21,20 +20,6 @@ MIX: list[SamplingParams] = [
     GREEDY.clone(stop=["a"], stop_token_ids=[9], n=4),
     GREEDY.clone(max_tokens=40, prompt_logprobs=-1, logprobs=-1),
 ]
-
-
-@pytest.fixture
-def compiled() -> Iterator[list[str]]:
-    """Every compilation and trace that jax reports while the test runs."""
-    found: list[str] = []
-
-    def listen(event: str, seconds: float, **_: Any) -> None:
-        if "compile" in event or "trace" in event:
-            found.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield found
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """Branching live requests: shared blocks, the right tokens, search in a tree."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from jaxpaged import Engine, SamplingParams
 from jaxpaged.errors import InvalidRequestError, PromptTooLongError, UnknownRequestError
-from tests.engine.family import FULL, core_of, sibling, unburdened
+from tests.engine.family import FULL, core_of, sibling
 from tests.engine.test_bad_input import Call, check_refused
 from tests.engine.tiny import (
     GREEDY,
@@ -23,16 +22,9 @@ PROMPT = prompt_of(22)
 LONG = GREEDY.clone(max_tokens=40)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["in step", "ahead"])
-def engine_for_all(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    with sibling(async_scheduling=request.param, **FULL) as engine:
-        yield engine
-
-
 @pytest.fixture
-def engine(engine_for_all: Engine) -> Iterator[Engine]:
-    with unburdened(engine_for_all) as found:
-        yield found
+def engine(either: Engine) -> Engine:
+    return either
 
 
 def run_until(engine: Engine, name: str, count: int) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,7 +16,6 @@ from tests.engine.family import (
     core_of,
     in_flight,
     sibling,
-    unburdened,
     watch,
 )
 from tests.engine.tiny import GREEDY, dense_greedy, drain, prompt_of, tokens_of
@@ -28,18 +26,6 @@ DELTA = GREEDY.clone(output_kind=RequestOutputKind.DELTA)
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
     return [dense_greedy(prompt, count) for prompt, (_, count) in zip(PROMPTS, LENGTHS, strict=True)]
-
-
-@pytest.fixture(scope="module", params=[1, 8], ids=["one step a program", "eight"])
-def ahead_for_all(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    with sibling(async_scheduling=True, num_scheduler_steps=request.param, **FULL) as engine:
-        yield engine
-
-
-@pytest.fixture
-def ahead(ahead_for_all: Engine) -> Iterator[Engine]:
-    with unburdened(ahead_for_all) as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")
@@ -253,20 +239,6 @@ def test_a_stream_brings_token_after_token(ahead: Engine, expected: list[list[in
 
 
 # Compilation.
-
-
-@pytest.fixture
-def compiled() -> Iterator[list[str]]:
-    """Every compilation and trace that jax reports while the test runs."""
-    found: list[str] = []
-
-    def listen(event: str, seconds: float, **_: Any) -> None:
-        if "compile" in event or "trace" in event:
-            found.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield found
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_nothing_compiles_after_the_warm_up(expected: list[list[int]], compiled: list[str]) -> None:

@@ -1,29 +1,17 @@
 """One step ahead: failures, interrupts and aborts while a step is on its way."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import pytest
 
 from jaxpaged import Engine, RequestOutput, RequestOutputKind
-from tests.engine.family import FULL, core_of, in_flight, sibling, unburdened, watch
+from tests.engine.family import core_of, in_flight, sibling, watch
 from tests.engine.tiny import GREEDY, dense_greedy, drain, new_engine, prompt_of, tokens_of
 
 DELTA = GREEDY.clone(output_kind=RequestOutputKind.DELTA)
-
-
-@pytest.fixture(scope="module", params=[1, 8], ids=["one step a program", "eight"])
-def ahead_for_all(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    with sibling(async_scheduling=True, num_scheduler_steps=request.param, **FULL) as engine:
-        yield engine
-
-
-@pytest.fixture
-def ahead(ahead_for_all: Engine) -> Iterator[Engine]:
-    with unburdened(ahead_for_all) as engine:
-        yield engine
 
 
 class Broken(RuntimeError):

@@ -1,13 +1,12 @@
 """Prefixes that are kept whatever else needs memory, and when they are not."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from jaxpaged import Engine
 from jaxpaged.errors import InvalidRequestError
-from tests.engine.family import FULL, PARAMS, PROMPTS, Clock, core_of, sibling, unburdened
+from tests.engine.family import FULL, PARAMS, PROMPTS, Clock, core_of, sibling
 from tests.engine.test_bad_input import Call, check_refused
 from tests.engine.test_failures import break_step, fail_and_lose_the_state
 from tests.engine.tiny import GREEDY, dense_greedy, drain, prompt_of, tokens_of
@@ -16,16 +15,9 @@ SYSTEM = prompt_of(30)  # seven full blocks
 QUESTION = [*SYSTEM, 17, 18]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["in step", "ahead"])
-def engine_for_all(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    with sibling(async_scheduling=request.param, **FULL) as engine:
-        yield engine
-
-
 @pytest.fixture
-def engine(engine_for_all: Engine) -> Iterator[Engine]:
-    with unburdened(engine_for_all) as found:
-        yield found
+def engine(either: Engine) -> Engine:
+    return either
 
 
 @pytest.fixture
