@@ -38,6 +38,7 @@ from jaxpaged.runner import Runner
 from jaxpaged.sampler import init_sampler_state
 from jaxpaged.scheduler import Scheduler
 from jaxpaged.tokenizer import Tokenizer
+from jaxpaged.waiting_queue import WaitingQueue
 
 # Rows of a tile of a deterministic engine. On a CPU as many as keep its vectors busy; on a GPU as many as cost no more
 # than one, because reading the weights takes longer than multiplying them.
@@ -99,6 +100,9 @@ def resolve(
         known = ", ".join(sorted(IMPLEMENTATIONS))
         raise InvalidRequestError("attention", config.attention, f"must be None or one of {known}")
     _check_attention(model_config, config, variant or AttentionVariant())
+    # What only the scheduler's parts can tell of their arguments, before weights are read.
+    WaitingQueue(policy_from(config.scheduling_policy), config.tenant_weights)
+    MemoryMonitor(config.memory_warning, config.memory_critical)
     if not isinstance(model, Decoder):
         model = load_model(Path(model), dtype=jnp.dtype(config.dtype))
     return model_config, config, model

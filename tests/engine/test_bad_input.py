@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from jaxpaged import Engine, SamplingParams
+from jaxpaged import Engine, SamplingParams, assembly
 from jaxpaged.errors import (
     CheckpointError,
     InvalidRequestError,
@@ -23,7 +23,7 @@ from jaxpaged.errors import (
     UnknownRequestError,
     UnsupportedModelError,
 )
-from jaxpaged.models import save_model
+from jaxpaged.models import embedded_model_path, save_model
 from tests.engine.tiny import (
     CONFIG,
     GREEDY,
@@ -324,3 +324,21 @@ def test_a_tokenizer_larger_than_the_model() -> None:
         engine.add_request("x", [3], GREEDY.clone(bad_words=[word]))
         engine.abort_request("x")
         assert [output.request_id for output in engine.step()] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("scheduling_policy", "lifo"),
+        ("tenant_weights", {"a": 0}),
+        ("memory_warning", 2),
+        ("memory_critical", 0.5),
+    ],
+)
+def test_wrong_arguments_of_the_scheduler_are_found_before_weights_are_read(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    monkeypatch.setattr(assembly, "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(InvalidRequestError) as caught:
+        Engine(embedded_model_path(), **{name: value})
+    assert (caught.value.argument, caught.value.value) == (name, value)
