@@ -2,18 +2,18 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import jax
-from tqdm import tqdm
 
 from jaxpaged.assembly import assemble, check_types, keep_compiled_programs, resolve, with_weights
 from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.block_trace import BlockTrace
 from jaxpaged.call_arguments import listed_prompts, one_each, sampling_params_each
 from jaxpaged.core import EngineCore
+from jaxpaged.delivery import Delivery
 from jaxpaged.errors import EngineClosedError, InvalidRequestError, UnknownRequestError
 from jaxpaged.generation import Generation
 from jaxpaged.intake import Handling, Intake, Prompt, eos_token_ids
@@ -21,7 +21,7 @@ from jaxpaged.memory import MemoryReport
 from jaxpaged.models import Decoder
 from jaxpaged.outputs import EngineStats, RequestOutput
 from jaxpaged.pallas_kernels import AttentionVariant
-from jaxpaged.records import IterationRecord, RequestRecord
+from jaxpaged.records import IterationRecord, RecordListener, RequestRecord
 from jaxpaged.sampling_params import RequestOutputKind, SamplingParams
 from jaxpaged.tokenizer import Tokenizer
 
@@ -69,8 +69,7 @@ class Engine:
         **arguments: Any,
     ) -> None:
         self._core: EngineCore | None = None
-        self._pending: list[RequestOutput] = []  # outputs for the next step()
-        self._inboxes: dict[str, list[RequestOutput]] = {}  # those that generate() or stream() waits for
+        self._delivery = Delivery()
         self._ids = itertools.count()
         device = jax.local_devices()[0]
         check_types(model, params, tokenizer, variant, compilation_cache_dir)
@@ -224,17 +223,9 @@ class Engine:
         What a live ``stream`` waits for goes there instead.
         """
         core = self._live
-        if not self._pending:
-            self._deliver(core.step())
-        pending, self._pending = self._pending, []
-        return pending
-
-    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
-        """Puts each output where it is waited for, so that nobody loses one by somebody else's step."""
-        for output in outputs:
-            find = self._inboxes.pop if output.finished else self._inboxes.get
-            inbox = find(output.request_id, None)
-            (self._pending if inbox is None else inbox).append(output)
+        if not self._delivery.pending:
+            self._delivery.deliver(core.step())
+        return self._delivery.take()
 
     def abort_request(self, request_id: str) -> None:
         """Ends a request; its last output, with finish reason "abort", comes next from ``step`` or its stream.
@@ -244,12 +235,12 @@ class Engine:
         """
         output = self._live.abort(request_id)
         if output is not None:
-            self._deliver([output])
+            self._delivery.deliver([output])
 
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether another ``step`` has anything to do or to return."""
-        return bool(self._pending) or self._live.has_unfinished
+        return bool(self._delivery.pending) or self._live.has_unfinished
 
     def generate(
         self,
@@ -312,32 +303,7 @@ class Engine:
             self._intake.generation(self._new_id(), prompt, each)
             for prompt, each in zip(prompts, params, strict=True)
         ]
-        done: dict[str, RequestOutput] = {}
-        inbox: list[RequestOutput] = []
-        bar = tqdm(total=len(generations), desc=title, unit="request", disable=not use_tqdm)
-        try:
-            for generation in generations:
-                self._admit(generation)
-                self._inboxes[generation.request_id] = inbox
-            while len(done) < len(generations):
-                self._deliver(core.step())
-                for output in inbox:
-                    if output.error is not None:
-                        raise output.error
-                    done[output.request_id] = output
-                    bar.update()
-                inbox.clear()
-        finally:
-            bar.close()
-            for generation in generations:
-                self._drop(generation)
-        return [done[generation.request_id] for generation in generations]
-
-    def _drop(self, generation: Generation) -> None:
-        """Nobody waits for a request any more: ends it if it still runs."""
-        if self._core is not None and self._core.generations.get(generation.request_id) is generation:
-            self._inboxes.pop(generation.request_id, None)
-            self._core.abort(generation.request_id)
+        return self._delivery.complete(core, generations, self._admit, title, use_tqdm)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
@@ -355,27 +321,9 @@ class Engine:
             params = params.clone(output_kind=RequestOutputKind.DELTA)
         name = self._new_id() if request_id is None else request_id
         generation = self._intake.generation(name, prompt, params)
-        stream = self._stream(generation)
+        stream = self._delivery.stream(lambda: self._live, generation, self._admit)
         next(stream)  # begun, so that dropping it ends the request even if nobody ever asks for an output
         return stream
-
-    def _stream(self, generation: Generation) -> Iterator[Any]:
-        """None once the request is admitted, then its outputs."""
-        name, inbox = generation.request_id, []  # type: str, list[RequestOutput]
-        self._admit(generation)
-        self._inboxes[name] = inbox
-        try:
-            yield None
-            while inbox or self._live.generations.get(name) is generation:
-                if not inbox:
-                    self._deliver(self._live.step())
-                while inbox:
-                    output = inbox.pop(0)
-                    if output.error is not None:
-                        raise output.error
-                    yield output
-        finally:
-            self._drop(generation)
 
     def _new_id(self) -> str:
         generations = self._live.generations
@@ -392,6 +340,10 @@ class Engine:
     def request_records(self) -> list[RequestRecord]:
         """What each of the thousand completions that ended last was like, the newest last; copies."""
         return self._live.books.records.requests()
+
+    def add_listener(self, listener: RecordListener) -> None:
+        """Tells ``listener`` of every iteration and request record from now on, as it comes."""
+        self._live.books.records.listeners.append(listener)
 
     def trace_blocks(self, max_steps: int = 2000) -> BlockTrace:
         """A trace that notes what every block is after each step from now on, a byte a block.
@@ -438,8 +390,7 @@ class Engine:
             self._core.abort(name)
         self._core.runner.close()
         self._core = None
-        self._pending.clear()
-        self._inboxes.clear()
+        self._delivery.clear()
 
     def __enter__(self) -> Self:
         _ = self._live  # a closed engine raises
