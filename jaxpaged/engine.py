@@ -10,7 +10,7 @@ import jax
 
 from jaxpaged.assembly import assemble, check_types, keep_compiled_programs, resolve, with_weights
 from jaxpaged.beam_params import BeamSearchParams
-from jaxpaged.block_trace import BlockTrace
+from jaxpaged.block_trace import BlockTrace, block_states
 from jaxpaged.call_arguments import listed_prompts, one_each, sampling_params_each
 from jaxpaged.core import EngineCore
 from jaxpaged.delivery import Delivery
@@ -22,6 +22,7 @@ from jaxpaged.models import Decoder
 from jaxpaged.outputs import EngineStats, RequestOutput
 from jaxpaged.pallas_kernels import AttentionVariant
 from jaxpaged.records import IterationRecord, RecordListener, RequestRecord
+from jaxpaged.request import Request
 from jaxpaged.sampling_params import RequestOutputKind, SamplingParams
 from jaxpaged.tokenizer import Tokenizer
 
@@ -373,6 +374,15 @@ class Engine:
         """Block ids of every live request, one list for each of its completions."""
         live = self._live.generations.items()
         return {name: [list(c.request.table) for c in generation.completions] for name, generation in live}
+
+    def block_states(self) -> bytes:
+        """What each block of the pool is now, one byte a block, by id; ``jaxpaged.block_trace`` names the values."""
+        space = self._live.scheduler.space
+        return block_states(space.allocator, space.cache, space.pins.blocks)
+
+    def live_requests(self) -> list[Request]:
+        """Every live completion as the scheduler has it: to be read, not to be changed, until the next step."""
+        return [c.request for generation in self._live.generations.values() for c in generation.completions]
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached prefixes; what runs goes on."""

@@ -10,7 +10,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 from jaxpaged.errors import InvalidRequestError
 
@@ -143,6 +143,16 @@ class RequestRecord:
         )
 
 
+class RecordListener(Protocol):
+    """Is told of every record as it comes, in the engine's thread: returns within microseconds and never raises."""
+
+    def stepped(self, record: IterationRecord) -> None:
+        """A turn of the engine's loop has ended; nobody changes the record any more."""
+
+    def ended(self, record: RequestRecord) -> None:
+        """A completion has ended; nobody changes the record any more."""
+
+
 Distribution = dict[str, float | None]
 REQUEST_TIMES = ("queue_time", "time_to_first_token", "time_per_output_token", "e2e_time")
 
@@ -151,7 +161,8 @@ class Records:
     """The latest iterations and requests, the oldest dropped first.
 
     Invariants (``check_invariants``): at most ``max_iterations`` and ``max_requests`` are kept; percentiles are of
-    their times and no others. ``num_iterations`` and ``num_requests`` count all that ever came.
+    their times and no others. ``num_iterations`` and ``num_requests`` count all that ever came. Each of ``listeners``
+    is told of every record, in the order in which they come.
 
     Raises:
       InvalidRequestError: a limit is not an integer of at least 1.
@@ -165,6 +176,7 @@ class Records:
         self._requests: deque[RequestRecord] = deque(maxlen=max_requests)
         self.num_iterations = 0
         self.num_requests = 0
+        self.listeners: list[RecordListener] = []
         self._step_times = _SortedTimes("step_time")
         self._request_times = [_SortedTimes(name) for name in REQUEST_TIMES]
 
@@ -172,11 +184,15 @@ class Records:
         """Keeps a record, which nobody changes any more."""
         self._iterations.append(record)
         self.num_iterations += 1
+        for listener in self.listeners:
+            listener.stepped(record)
 
     def add_request(self, record: RequestRecord) -> None:
         """Keeps a record, which nobody changes any more."""
         self._requests.append(record)
         self.num_requests += 1
+        for listener in self.listeners:
+            listener.ended(record)
 
     def iterations(self) -> list[IterationRecord]:
         """Copies of the kept iterations, the newest last."""

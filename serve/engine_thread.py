@@ -1,0 +1,404 @@
+"""The one thread that owns an Engine: takes requests in between two steps, hands out what each step brings.
+
+Everybody else talks to it through commands in a queue: ``submit`` a ticket, ``cancel`` it, ``call`` a function. What
+comes back is posted to the ticket's mailbox, all outputs of a step for one mailbox at once, so that waking an event
+loop costs once a step and not once a request.
+"""
+
+import enum
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+from jaxpaged import Engine, RequestOutput
+from jaxpaged.records import IterationRecord, RequestRecord
+from jaxpaged.serve.engine_errors import (
+    EngineDeadError,
+    EngineDrainingError,
+    EngineNotReadyError,
+    EngineUnavailableError,
+    QueueFullError,
+)
+from jaxpaged.serve.engine_health import EngineHealth
+from jaxpaged.serve.tickets import Item, Listener, Mailbox, Ticket, note_gaps
+
+__all__ = [
+    "EngineDeadError",
+    "EngineDrainingError",
+    "EngineNotReadyError",
+    "EngineState",
+    "EngineThread",
+    "EngineUnavailableError",
+    "Listener",
+    "Mailbox",
+    "MakeEngine",
+    "QueueFullError",
+    "StartProgress",
+    "Ticket",
+]
+
+logger = logging.getLogger(__name__)
+
+# Seconds of a turn spent on taking in new requests while others run; what is left waits for the next step.
+MAX_ADMISSION_SECONDS = 0.004
+# Who is told to come back later is told so many seconds at least and at most.
+RETRY_AFTER_RANGE = (1.0, 60.0)
+
+
+class EngineState(enum.StrEnum):
+    """What an engine that serves is doing."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    DEAD = "dead"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True)
+class StartProgress:
+    """How far the start has come: ``done`` of ``total`` parts of a stage, ``seconds`` since the beginning."""
+
+    stage: str  # "loading", "compiling" or "ready"
+    done: int = 0
+    total: int = 0
+    seconds: float = 0.0
+
+
+class StartCancelledError(RuntimeError):
+    """The engine was closed before it had started."""
+
+
+MakeEngine = Callable[[Callable[[StartProgress], None]], Engine]
+
+
+class EngineThread:
+    """Runs an engine until it is closed or dies.
+
+    Args:
+      make_engine: an engine, or what makes one when it is called in the thread, with a function to tell progress to;
+        that function raises when the engine is closed meanwhile.
+      max_queue_length: sequences that may wait beyond the ``max_num_seqs`` that run.
+
+    Invariants: ``num_unfinished`` is the sum of the weights of the tickets that were taken and have not got their
+    last item; every ticket that was taken gets a last item, whatever happens.
+    """
+
+    def __init__(self, make_engine: MakeEngine | Engine, *, max_queue_length: int = 1024) -> None:
+        self._make_engine = make_engine
+        self.max_queue_length = max_queue_length
+        self.state = EngineState.STARTING
+        self.progress = StartProgress("loading")
+        self.error: BaseException | None = None
+        self.engine: Engine | None = None
+        self.num_unfinished = 0  # sequences
+        self.listeners: list[Listener] = []
+        # Guards what both sides change: state, num_unfinished, the way into the queue. A stream that the garbage
+        # collector drops, at whatever moment, cancels its request: so a thread may take the lock again.
+        self._lock = threading.RLock()
+        self._has_ended = False  # the thread takes no more commands
+        self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._arrived: deque[Ticket] = deque()  # taken, not yet with the engine
+        self._tickets: dict[str, Ticket] = {}  # with the engine
+        self._waiting_for_idle: list[Future[None]] = []
+        self._ready: Future[None] = Future()
+        self._started = time.monotonic()
+        self._finish_times: deque[float] = deque(maxlen=64)
+        self._thread = threading.Thread(target=self._run, name="jaxpaged-engine", daemon=True)
+        self._thread.start()
+
+    # What other threads call.
+
+    @property
+    def ready(self) -> "Future[None]":
+        """Done once the engine takes requests; fails when it cannot start."""
+        return self._ready
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def check_available(self, weight: int = 1) -> None:
+        """Raises what ``submit`` would of a request for so many sequences."""
+        with self._lock:
+            self._check_available(weight)
+
+    def _check_available(self, weight: int) -> None:
+        if (refusal := self.refusal()) is not None:
+            raise refusal
+        if self.state is EngineState.DRAINING:
+            raise EngineDrainingError("the engine is shutting down")
+        assert self.engine is not None, "ready without an engine"
+        limit = self.engine.config.max_num_seqs + self.max_queue_length
+        # One that is alone is let in whatever it asks for: the engine knows whether it can be.
+        if self.num_unfinished and self.num_unfinished + weight > limit:
+            message = f"the queue is full: {self.num_unfinished} sequences under way, at most {limit}"
+            raise QueueFullError(message, self._retry_after())
+
+    def refusal(self) -> EngineUnavailableError | None:
+        """Why there is no engine to do anything with; None when there is."""
+        if self.state in (EngineState.DEAD, EngineState.CLOSED):
+            return self._dead()
+        return EngineNotReadyError("the engine is starting") if self.engine is None else None
+
+    def submit(self, ticket: Ticket) -> None:
+        """Takes a request; its mailbox gets its outputs, or the InvalidRequestError that says what is wrong with it.
+
+        Raises:
+          EngineUnavailableError: the engine starts, drains or is dead.
+          QueueFullError: too many requests are under way.
+        """
+        with self._lock:
+            self._check_available(ticket.weight)
+            self.num_unfinished += ticket.weight
+            self._arrived.append(ticket)
+            self._commands.put(None)
+
+    def _put(self, command: Callable[[], None]) -> bool:
+        """Has the thread run a command; whether it will."""
+        with self._lock:
+            if not self._has_ended:
+                self._commands.put(command)
+            return not self._has_ended
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends a request, if it has not ended yet, and frees what it holds; it gets its last output."""
+        if not ticket.done:
+            ticket.cancelled = True
+            self._put(lambda: self._abort(ticket))
+
+    def call(self, function: Callable[[Engine], Any]) -> "Future[Any]":
+        """Runs a function in the engine's thread, between two steps; at once when there is nothing else to do.
+
+        The future fails with EngineUnavailableError when there is no engine to run it on.
+        """
+        future: Future[Any] = Future()
+        refusal = self.refusal()
+        if refusal is not None or not self._put(lambda: self._answer(function, future)):
+            future.set_exception(refusal or self._dead())
+        return future
+
+    def drain(self) -> "Future[None]":
+        """Takes nothing new from now on; the future is done when all that was taken has ended."""
+        future: Future[None] = Future()
+        with self._lock:
+            if self.state in (EngineState.STARTING, EngineState.READY):
+                self.state = EngineState.DRAINING
+        if not self._put(lambda: self._waiting_for_idle.append(future)):
+            future.set_result(None)
+        return future
+
+    def abort_all(self) -> None:
+        """Ends all requests; each gets its last output, or EngineDrainingError if it had not begun."""
+        self._put(self._abort_all)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Ends all requests, closes the engine and waits for the thread; closing twice is fine."""
+        with self._lock:
+            if self.state is not EngineState.DEAD:
+                self.state = EngineState.CLOSED
+        self._put(lambda: None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+
+    # What runs in the thread.
+
+    def _run(self) -> None:
+        try:
+            self._start()
+            while self.state is not EngineState.CLOSED:
+                self._take_commands()
+                if self._arrived:
+                    self._admit()
+                if self.engine is not None and self.engine.has_unfinished_requests:
+                    self._deliver(self._health.step())
+                if self._waiting_for_idle and not self._tickets and not self._arrived:
+                    self._tell_idle()
+            self._end(None)
+        except BaseException as error:
+            self._end(error)
+
+    def _start(self) -> None:
+        made = self._make_engine
+        engine = made if isinstance(made, Engine) else made(self._tell_progress)
+        self._health = EngineHealth(engine)
+        engine.add_listener(self)
+        with self._lock:
+            self.engine = engine
+            if self.state is EngineState.STARTING:
+                self.state = EngineState.READY
+        self.progress = StartProgress("ready", seconds=time.monotonic() - self._started)
+        logger.info("the engine is ready after %.1f s", self.progress.seconds)
+        self._ready.set_result(None)
+
+    def _tell_progress(self, progress: StartProgress) -> None:
+        if self.state is not EngineState.STARTING:
+            raise StartCancelledError("closed before it had started")
+        self.progress = progress
+
+    def _take_commands(self) -> None:
+        """Runs all commands there are; waits for one when there is nothing else to do."""
+        assert self.engine is not None, "no engine"
+        if self.state is EngineState.CLOSED:
+            return
+        is_idle = not (self._arrived or self._waiting_for_idle or self.engine.has_unfinished_requests)
+        if is_idle and (command := self._commands.get()) is not None:
+            command()
+        for _ in range(self._commands.qsize()):
+            if (command := self._commands.get_nowait()) is not None:
+                command()
+
+    def _admit(self) -> None:
+        """Gives the engine the requests that have arrived, as many as there is time for."""
+        engine, begun = self.engine, time.perf_counter()
+        assert engine is not None, "no engine"
+        while self._arrived:
+            ticket = self._arrived.popleft()
+            if ticket.cancelled:
+                self._finish(ticket)
+                continue
+            try:
+                engine.add_request(ticket.request_id, ticket.prompt, ticket.params, **ticket.handling)
+            except Exception as error:
+                if not isinstance(error, ValueError):
+                    logger.exception("request %s could not be taken in", ticket.request_id)
+                self._finish(ticket)
+                self._post(ticket.mailbox, [(ticket, error)])
+                continue
+            self._tickets[ticket.request_id] = ticket
+            if time.perf_counter() - begun > MAX_ADMISSION_SECONDS and len(self._tickets) > 1:
+                return
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        """Posts the outputs of a step, and tells listeners of the gaps between tokens."""
+        posts: dict[Mailbox, list[Item]] = {}
+        gaps: dict[float, int] = {}
+        for output in outputs:
+            ticket = self._tickets.get(output.request_id)
+            if ticket is None:
+                continue  # of somebody's function
+            if ticket.shows_every_token:
+                note_gaps(ticket, output, gaps)
+            if output.finished:
+                del self._tickets[ticket.request_id]
+                self._finish(ticket)
+            posts.setdefault(ticket.mailbox, []).append((ticket, output))
+        for mailbox, items in posts.items():
+            self._post(mailbox, items)
+        if gaps:
+            self._tell("gaps", gaps)
+
+    def _post(self, mailbox: Mailbox, items: list[Item]) -> None:
+        """Passes outputs on; requests whose mailbox is gone, as with its event loop, end."""
+        try:
+            mailbox.post(items)
+        except Exception as error:
+            logger.warning("nobody takes the outputs of %d requests: %s", len(items), error)
+            for ticket, _ in items:
+                ticket.cancelled = True
+                if self.engine is not None and self._tickets.get(ticket.request_id) is ticket:
+                    self.engine.abort_request(ticket.request_id)
+
+    def _finish(self, ticket: Ticket) -> None:
+        ticket.done = True
+        with self._lock:
+            self._finish_times.append(time.monotonic())
+            self.num_unfinished -= ticket.weight
+
+    def _abort(self, ticket: Ticket) -> None:
+        if self.engine is not None and self._tickets.get(ticket.request_id) is ticket:
+            self.engine.abort_request(ticket.request_id)  # its last output comes from the next step
+
+    def _abort_all(self) -> None:
+        for ticket in self._arrived:
+            if not ticket.cancelled:
+                ticket.cancelled = True
+                self._post(ticket.mailbox, [(ticket, EngineDrainingError("the engine is shutting down"))])
+        for ticket in list(self._tickets.values()):
+            self._abort(ticket)
+
+    def _answer(self, function: Callable[[Engine], Any], future: "Future[Any]") -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            if self.engine is None or self._has_ended:
+                raise self._dead()
+            future.set_result(function(self.engine))
+        except Exception as error:
+            future.set_exception(error)
+
+    def _tell_idle(self) -> None:
+        for future in self._waiting_for_idle:
+            future.set_result(None)
+        self._waiting_for_idle.clear()
+
+    def _tell(self, event: str, value: Any) -> None:
+        """Tells the listeners; one that raises is not told again."""
+        for listener in list(self.listeners):
+            try:
+                getattr(listener, event)(value)
+            except Exception:
+                logger.exception("%r is told no more: it raised", listener)
+                self.listeners.remove(listener)
+
+    def stepped(self, record: IterationRecord) -> None:
+        """A turn of the engine's loop has ended."""
+        self._tell("stepped", record)
+
+    def ended(self, record: RequestRecord) -> None:
+        """A completion has ended."""
+        ticket = self._tickets.get(record.request_id)
+        gap = record.time_per_output_token
+        if gap is not None and (ticket is None or not ticket.shows_every_token):
+            # When its tokens came is not known, only how long they took in the mean.
+            self._tell("gaps", {gap: record.num_generation_tokens - 1})
+        self._tell("ended", record)
+
+    def _end(self, error: BaseException | None) -> None:
+        """The thread ends: everybody who waits is told."""
+        with self._lock:
+            is_failure = error is not None and not isinstance(error, StartCancelledError)
+            self.error = error if is_failure else None
+            self.state = EngineState.DEAD if is_failure else EngineState.CLOSED
+            self._has_ended = True
+        if is_failure:
+            logger.critical("the engine is dead: %s", error, exc_info=error)
+        tickets = [*self._tickets.values(), *self._arrived]
+        self._tickets.clear()
+        self._arrived.clear()
+        for ticket in tickets:
+            self._finish(ticket)
+            self._post(ticket.mailbox, [(ticket, self._dead())])
+        if self.engine is not None:
+            try:
+                self.engine.close()
+            except Exception:
+                logger.exception("closing the engine failed")
+        if not self._ready.done():
+            self._ready.set_exception(self._dead())
+        while not self._commands.empty():
+            if (command := self._commands.get_nowait()) is not None:
+                command()
+        self._tell_idle()
+
+    def _dead(self) -> EngineDeadError:
+        if self.error is None:
+            return EngineDeadError("the engine was closed")
+        dead = EngineDeadError(f"the engine has failed: {type(self.error).__name__}: {self.error}")
+        dead.__cause__ = self.error
+        return dead
+
+    def _retry_after(self) -> float:
+        """Seconds until a place should be free, from how fast requests have ended of late."""
+        times, (low, high) = self._finish_times, RETRY_AFTER_RANGE
+        if len(times) < 2:
+            return low
+        seconds = (time.monotonic() - times[0]) / len(times)
+        return min(high, max(low, seconds))
