@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -99,10 +99,19 @@ class Engine:
         """The engine of a checkpoint folder; the same as ``Engine(path, ...)``."""
         return cls(path, **arguments)
 
-    def warm_up(self) -> None:
-        """Compiles every bucket now; from then on a shape without a program is a ``RecompileError``."""
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compiles every bucket now; from then on a shape without a program is a ``RecompileError``.
+
+        Args:
+          progress: called with how many programs are there and how many there will be, before the first is compiled
+            and after each; from threads that compile, but never twice at once.
+
+        Raises:
+          BaseException: what ``progress`` raised, once the programs under way are compiled. No others were begun; the
+            engine compiles what it misses when a step needs it.
+        """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._live.runner.warm_up(max_workers=cores)
+        self._live.runner.warm_up(max_workers=cores, progress=progress)
 
     @property
     def _live(self) -> EngineCore:

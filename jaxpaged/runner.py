@@ -6,10 +6,12 @@ sampler state) is donated and handed back, so it is updated in place and nothing
 
 import itertools
 import logging
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -77,6 +79,7 @@ class Runner:
         self.num_compiles = 0
         self.compile_seconds = 0.0
         self.compile_events: deque[CompileEvent] = deque(maxlen=MAX_COMPILE_EVENTS)
+        self._counting = threading.Lock()  # programs are compiled by several threads
 
     @property
     def state(self) -> DeviceState:
@@ -107,13 +110,17 @@ class Runner:
                 array.delete()
         self._state = self._new_state()
 
-    def warm_up(self, *, max_workers: int) -> None:
-        """Compiles every bucket and the small programs, in parallel; afterwards compiling is an error."""
+    def warm_up(self, *, max_workers: int, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compiles every bucket and the small programs, in parallel; afterwards compiling is an error.
+
+        ``progress(done, total)`` is called before the first program and after each, never twice at once. When it
+        raises, what is being compiled is finished and nothing else is begun.
+        """
         started = time.perf_counter()
-        with ThreadPoolExecutor(max_workers) as workers:
-            list(workers.map(self._program, *zip(*reversed(self._builder.programs), strict=True)))
-            names = [name for name in _SMALL_PROGRAMS if self.host_pool or name not in _SWAP_PROGRAMS]
-            list(workers.map(self._small_program, names))
+        names = [name for name in _SMALL_PROGRAMS if self.host_pool or name not in _SWAP_PROGRAMS]
+        tasks = [partial(self._program, *program) for program in reversed(self._builder.programs)]
+        tasks += [partial(self._small_program, name) for name in names]
+        _run_all(tasks, max_workers, progress or (lambda done, total: None))
         self.forbid_compile = True
         seconds = time.perf_counter() - started
         logger.info("warm-up: %d programs in %.1f s", len(self._programs) + len(self._small), seconds)
@@ -150,9 +157,10 @@ class Runner:
         started = time.perf_counter()
         program = jitted.lower(*arguments).compile(self._functions.compiler_options)
         seconds = time.perf_counter() - started
-        self.compile_events.append(CompileEvent(time.monotonic(), shape, seconds))
-        self.num_compiles += 1
-        self.compile_seconds += seconds
+        with self._counting:
+            self.compile_events.append(CompileEvent(time.monotonic(), shape, seconds))
+            self.num_compiles += 1
+            self.compile_seconds += seconds
         logger.info("compiled %s in %.2f s", shape, seconds)
         return program
 
@@ -247,6 +255,35 @@ class Runner:
         self._weights = None
         self._programs.clear()
         self._small.clear()
+
+
+def _run_all(
+    tasks: Sequence[Callable[[], object]], max_workers: int, progress: Callable[[int, int], None]
+) -> None:
+    """Runs tasks in threads, in order; after an error, be it of ``progress``, none is begun any more."""
+    stopped, reporting, done = threading.Event(), threading.Lock(), itertools.count(1)
+
+    @contextmanager
+    def stopping() -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            stopped.set()
+            raise
+
+    def run(task: Callable[[], object]) -> None:
+        if stopped.is_set():
+            return
+        with stopping():
+            task()
+        with reporting, stopping():
+            if not stopped.is_set():
+                progress(next(done), len(tasks))
+
+    progress(0, len(tasks))
+    with ThreadPoolExecutor(max_workers) as workers, stopping():  # an interrupt of this thread stops them too
+        for future in [workers.submit(run, task) for task in tasks]:
+            future.result()
 
 
 def _padded(pairs: list[tuple[int, int]]) -> np.ndarray:
