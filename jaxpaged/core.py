@@ -40,7 +40,7 @@ class _Launched:
     output: StepOutput | None  # None for several steps in one program
     tokens: Any  # int32 [B], or [num_steps, B] for several steps
     begun: float  # ``time.perf_counter`` when it was handed over
-    compiled: bool  # whether its program had to be compiled first
+    disturbed: bool  # whether its time tells nothing: its program was compiled first, or attention measured
     record: IterationRecord = field(init=False)
 
 
@@ -143,6 +143,13 @@ class EngineCore:
                 outputs.append(self.results.end(generation, RequestStatus.FINISHED_TIMEOUT))
         return [output for output in outputs if output is not None]
 
+    def measure_attention(self, repeats: int) -> float | None:
+        """Seconds that attention of one layer takes for what runs now; see ``Engine.measure_attention``."""
+        for launched in self._launched:
+            launched.disturbed = True
+        running = [request for request in self.scheduler.running if request.num_computed_tokens]
+        return self.runner.measure_attention(running, repeats)
+
     def _launch(self) -> list[RequestOutput]:
         """Plans a step and hands it to the device; returns outputs only of requests that this ended."""
         begun = time.perf_counter()
@@ -226,7 +233,7 @@ class EngineCore:
         cost, host_pool = self.scheduler.preemption.cost, self.runner.host_pool
         if cost is None or host_pool is None:
             return
-        if not launched.compiled and launched.step.num_steps == 1:
+        if not launched.disturbed and launched.step.num_steps == 1:
             cost.observe_step(launched.step.num_tokens, seconds)
         moved, before = host_pool.stats, self._moved
         self._moved = moved

@@ -375,6 +375,27 @@ class Engine:
         """Ends ``trace_blocks``; what was noted stays in the trace."""
         self._live.books.trace = None
 
+    def measure_attention(self, repeats: int = 3) -> float | None:
+        """Seconds that paged attention of the model's first layer takes for one token of each request that runs.
+
+        For monitoring: inside of a compiled step it cannot be seen. It is run by itself on the pool as it is, which
+        it only reads, after the step that may be under way has ended. Counted from the launch, so some tens of
+        microseconds are not the attention's. The first call compiles its program, be the engine warm or not, and
+        even when nothing runs.
+
+        Args:
+          repeats: runs, of whose times it is the median.
+
+        Returns:
+          None when nothing runs.
+
+        Raises:
+          InvalidRequestError: ``repeats`` is no positive integer.
+        """
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise InvalidRequestError("repeats", repeats, "must be a positive integer")
+        return self._live.measure_attention(repeats)
+
     def memory_report(self) -> MemoryReport:
         """Where memory goes, and what the size of the pool follows from."""
         return self._live.memory

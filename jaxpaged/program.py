@@ -143,7 +143,7 @@ class Programs:
     def _forward(
         self, model: Decoder, state: DeviceState, inputs: StepInputs, operands: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, SampleOutput, DeviceState]:
-        user = None if self.variant is None else self.variant.bind(operands)
+        user = self.user_variant(operands)
 
         def attend(
             q: jax.Array, k: jax.Array, v: jax.Array, kv: KVPool, layer: int, variant: AttentionVariant
@@ -152,17 +152,7 @@ class Programs:
             batch = inputs.attention[group]
             # All keys of the step first: its rows may share blocks.
             pool = cache_scatter(kv, k, v, place, batch.slots)
-            merged = _merged(variant, user)
-            out = paged_attention(
-                q,
-                pool,
-                place,
-                batch,
-                variant=merged,
-                implementation=self.attention,
-                deterministic=self.row_tile is not None,
-            )
-            return out, pool
+            return self.attend(q, pool, layer, batch, variant, user), pool
 
         attention = inputs.attention[0]
         rows = self._rows(attention.query_start_loc[-1])
@@ -171,6 +161,30 @@ class Programs:
         sampler = count_tokens(state.sampler, inputs.sampling.rows, sampled.tokens)
         tokens = state.tokens.at[inputs.token_rows].set(sampled.tokens)
         return hidden, sampled, DeviceState(pool, sampler, tokens)
+
+    def user_variant(self, operands: tuple[jax.Array, ...]) -> AttentionVariant | None:
+        """The user's attention variant over its arrays."""
+        return None if self.variant is None else self.variant.bind(operands)
+
+    def attend(
+        self,
+        q: jax.Array,
+        pool: KVPool,
+        layer: int,
+        batch: AttentionBatch,
+        own: AttentionVariant,
+        user: AttentionVariant | None,
+    ) -> jax.Array:
+        """Paged attention of a layer of the model; ``batch`` is that of its group, ``own`` its variant."""
+        return paged_attention(
+            q,
+            pool,
+            self.layout.places[layer][1],
+            batch,
+            variant=_merged(own, user),
+            implementation=self.attention,
+            deterministic=self.row_tile is not None,
+        )
 
     def _sample(
         self, model: Decoder, hidden: jax.Array, state: SamplerState, inputs: StepInputs

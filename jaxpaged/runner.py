@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpaged.attention_probe import AttentionProbe
 from jaxpaged.batch import BatchBuilder
 from jaxpaged.errors import RecompileError
 from jaxpaged.host_pool import HostPool
@@ -26,6 +27,7 @@ from jaxpaged.models import Parameters
 from jaxpaged.outputs import CompileEvent
 from jaxpaged.pallas_kernels import copy_blocks, gather_blocks, scatter_blocks
 from jaxpaged.program import DeviceState, Programs, StepOutput
+from jaxpaged.request import Request
 from jaxpaged.sampler import set_bias_row, set_row
 from jaxpaged.step_plan import Move, MoveKind
 
@@ -75,6 +77,7 @@ class Runner:
         self._state: DeviceState | None = new_state()
         self._programs: dict[tuple[int, int], Any] = {}  # by bucket and number of steps
         self._small: dict[str, Any] = {}
+        self._probe: AttentionProbe | None = None
         self.forbid_compile = False
         self.num_compiles = 0
         self.compile_seconds = 0.0
@@ -241,6 +244,27 @@ class Runner:
         """XLA's account of a bucket's program: aliased, temporary and argument bytes."""
         return self._program(bucket).memory_analysis()
 
+    def measure_attention(self, requests: Sequence[Request], repeats: int) -> float | None:
+        """Seconds of paged attention for one token of each request, ``AttentionProbe``; None if there are none.
+
+        The first call compiles, also where compiling is an error: no step waits for this program.
+        """
+        if self.state_is_lost:  # the next step finds that out; where it is not lost it is there now
+            return None
+        if self._probe is None:
+            assert self._weights is not None, "closed"
+            builder = self._builder
+            width = builder.layout(builder.buckets[-1]).table_width
+            self._probe = AttentionProbe(
+                self._functions,
+                self._weights,
+                self._operands,
+                self.state.pool,
+                num_rows=builder.max_num_seqs,
+                table_width=width,
+            )
+        return self._probe.measure(self.state.pool, requests, repeats) if requests else None
+
     def close(self) -> None:
         """Frees the device memory of pool, sampler state and programs; the weights if nobody else has them."""
         if self._state is not None:
@@ -255,6 +279,7 @@ class Runner:
         self._weights = None
         self._programs.clear()
         self._small.clear()
+        self._probe = None
 
 
 def _run_all(
