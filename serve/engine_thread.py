@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from jaxpaged import Engine, RequestOutput
+from jaxpaged.errors import UnknownRequestError
 from jaxpaged.records import IterationRecord, RequestRecord
 from jaxpaged.serve.engine_errors import (
     EngineDeadError,
@@ -303,8 +304,7 @@ class EngineThread:
             logger.warning("nobody takes the outputs of %d requests: %s", len(items), error)
             for ticket, _ in items:
                 ticket.cancelled = True
-                if self.engine is not None and self._tickets.get(ticket.request_id) is ticket:
-                    self.engine.abort_request(ticket.request_id)
+                self._abort(ticket)
 
     def _finish(self, ticket: Ticket) -> None:
         ticket.done = True
@@ -313,8 +313,18 @@ class EngineThread:
             self.num_unfinished -= ticket.weight
 
     def _abort(self, ticket: Ticket) -> None:
-        if self.engine is not None and self._tickets.get(ticket.request_id) is ticket:
-            self.engine.abort_request(ticket.request_id)  # its last output comes from the next step
+        """Has the engine end a request that it has; the last output comes from the next step."""
+        if self.engine is None or self._tickets.get(ticket.request_id) is not ticket:
+            return
+        try:
+            self.engine.abort_request(ticket.request_id)
+        except UnknownRequestError:
+            pass  # it has ended: its last output is on the way
+        except Exception as error:
+            logger.exception("request %s could not be ended", ticket.request_id)
+            del self._tickets[ticket.request_id]
+            self._finish(ticket)
+            self._post(ticket.mailbox, [(ticket, error)])
 
     def _abort_all(self) -> None:
         for ticket in self._arrived:
