@@ -108,7 +108,7 @@ class EngineThread:
         self._arrived: deque[Ticket] = deque()  # taken, not yet with the engine
         self._tickets: dict[str, Ticket] = {}  # with the engine
         self._waiting_for_idle: list[Future[None]] = []
-        self._ready: Future[None] = Future()
+        self._ready = _new_event()
         self._started = time.monotonic()
         self._finish_times: deque[float] = deque(maxlen=64)
         self._thread = threading.Thread(target=self._run, name="jaxpaged-engine", daemon=True)
@@ -188,7 +188,7 @@ class EngineThread:
 
     def drain(self) -> "Future[None]":
         """Takes nothing new from now on; the future is done when all that was taken has ended."""
-        future: Future[None] = Future()
+        future = _new_event()
         with self._lock:
             if self.state in (EngineState.STARTING, EngineState.READY):
                 self.state = EngineState.DRAINING
@@ -412,3 +412,10 @@ class EngineThread:
             return low
         seconds = (time.monotonic() - times[0]) / len(times)
         return min(high, max(low, seconds))
+
+
+def _new_event() -> "Future[None]":
+    """A future that several may wait for: one of them who gives up, as a task that is cancelled, cannot cancel it."""
+    future: Future[None] = Future()
+    future.set_running_or_notify_cancel()
+    return future
