@@ -27,7 +27,7 @@ from jaxpaged.serve.engine_errors import (
     QueueFullError,
 )
 from jaxpaged.serve.engine_health import EngineHealth
-from jaxpaged.serve.tickets import Item, Listener, Mailbox, Ticket, note_gaps
+from jaxpaged.serve.tickets import Item, Listener, Mailbox, Ticket, aborted_output, note_gaps
 
 __all__ = [
     "EngineDeadError",
@@ -263,15 +263,14 @@ class EngineThread:
         while self._arrived:
             ticket = self._arrived.popleft()
             if ticket.cancelled:
-                self._finish(ticket)
+                self._conclude(ticket, aborted_output(ticket))
                 continue
             try:
                 engine.add_request(ticket.request_id, ticket.prompt, ticket.params, **ticket.handling)
             except Exception as error:
                 if not isinstance(error, ValueError):
                     logger.exception("request %s could not be taken in", ticket.request_id)
-                self._finish(ticket)
-                self._post(ticket.mailbox, [(ticket, error)])
+                self._conclude(ticket, error)
                 continue
             self._tickets[ticket.request_id] = ticket
             if time.perf_counter() - begun > MAX_ADMISSION_SECONDS and len(self._tickets) > 1:
@@ -307,10 +306,17 @@ class EngineThread:
                 self._abort(ticket)
 
     def _finish(self, ticket: Ticket) -> None:
+        """Its last item is there."""
         ticket.done = True
         with self._lock:
             self._finish_times.append(time.monotonic())
             self.num_unfinished -= ticket.weight
+
+    def _conclude(self, ticket: Ticket, item: RequestOutput | Exception) -> None:
+        """Gives a request that the engine does not have its last item, unless it has got it."""
+        if not ticket.done:
+            self._finish(ticket)
+            self._post(ticket.mailbox, [(ticket, item)])
 
     def _abort(self, ticket: Ticket) -> None:
         """Has the engine end a request that it has; the last output comes from the next step."""
@@ -323,14 +329,13 @@ class EngineThread:
         except Exception as error:
             logger.exception("request %s could not be ended", ticket.request_id)
             del self._tickets[ticket.request_id]
-            self._finish(ticket)
-            self._post(ticket.mailbox, [(ticket, error)])
+            self._conclude(ticket, error)
 
     def _abort_all(self) -> None:
-        for ticket in self._arrived:
-            if not ticket.cancelled:
-                ticket.cancelled = True
-                self._post(ticket.mailbox, [(ticket, EngineDrainingError("the engine is shutting down"))])
+        while self._arrived:
+            ticket = self._arrived.popleft()
+            refused = EngineDrainingError("the engine is shutting down")
+            self._conclude(ticket, aborted_output(ticket) if ticket.cancelled else refused)
         for ticket in list(self._tickets.values()):
             self._abort(ticket)
 
@@ -384,8 +389,7 @@ class EngineThread:
         self._tickets.clear()
         self._arrived.clear()
         for ticket in tickets:
-            self._finish(ticket)
-            self._post(ticket.mailbox, [(ticket, self._dead())])
+            self._conclude(ticket, self._dead())
         if self.engine is not None:
             try:
                 self.engine.close()

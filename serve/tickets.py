@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from jaxpaged import RequestOutput, RequestOutputKind
+from jaxpaged import BeamSearchParams, CompletionOutput, RequestOutput, RequestOutputKind, SamplingParams
 from jaxpaged.records import RecordListener
 
 
@@ -50,6 +50,18 @@ class Ticket:
 
 
 Item = tuple[Ticket, RequestOutput | Exception]
+
+
+def aborted_output(ticket: Ticket) -> RequestOutput:
+    """The last output of a request that ended before the engine had it, and so before anybody looked at its prompt."""
+    prompt, params, count = ticket.prompt, ticket.params, 1
+    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+    if isinstance(params, SamplingParams):
+        count = params.n
+    elif isinstance(params, BeamSearchParams):
+        count = params.num_return_sequences or 1
+    outputs = [CompletionOutput(index, "", [], finish_reason="abort") for index in range(count)]
+    return RequestOutput(ticket.request_id, text if isinstance(text, str) else None, [], outputs, finished=True)
 
 
 def note_gaps(ticket: Ticket, output: RequestOutput, gaps: dict[float, int]) -> None:
