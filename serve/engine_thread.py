@@ -218,8 +218,8 @@ class EngineThread:
                 self._take_commands()
                 if self._arrived:
                     self._admit()
-                if self.engine is not None and self.engine.has_unfinished_requests:
-                    self._deliver(self._health.step())
+                if self._tickets or (self.engine is not None and self.engine.has_unfinished_requests):
+                    self._step()
                 if self._waiting_for_idle and not self._tickets and not self._arrived:
                     self._tell_idle()
             self._end(None)
@@ -249,8 +249,8 @@ class EngineThread:
         assert self.engine is not None, "no engine"
         if self.state is EngineState.CLOSED:
             return
-        is_idle = not (self._arrived or self._waiting_for_idle or self.engine.has_unfinished_requests)
-        if is_idle and (command := self._commands.get()) is not None:
+        has_work = self._arrived or self._tickets or self.engine.has_unfinished_requests
+        if not has_work and not self._waiting_for_idle and (command := self._commands.get()) is not None:
             command()
         for _ in range(self._commands.qsize()):
             if (command := self._commands.get_nowait()) is not None:
@@ -265,6 +265,7 @@ class EngineThread:
             if ticket.cancelled:
                 self._conclude(ticket, aborted_output(ticket))
                 continue
+            self._let_go(ticket.request_id)
             try:
                 engine.add_request(ticket.request_id, ticket.prompt, ticket.params, **ticket.handling)
             except Exception as error:
@@ -275,6 +276,29 @@ class EngineThread:
             self._tickets[ticket.request_id] = ticket
             if time.perf_counter() - begun > MAX_ADMISSION_SECONDS and len(self._tickets) > 1:
                 return
+
+    def _let_go(self, request_id: str) -> None:
+        """Delivers the last output of a request that has ended, so that the next may have its id."""
+        engine = self.engine
+        assert engine is not None, "no engine"
+        if request_id in self._tickets and all(r.request_id != request_id for r in engine.live_requests()):
+            self._step()
+            self._give_up([ticket for name, ticket in self._tickets.items() if name == request_id])
+
+    def _step(self) -> None:
+        """Runs a step and delivers what it brings."""
+        assert self.engine is not None, "no engine"
+        outputs = self._health.step()
+        self._deliver(outputs)
+        if self._tickets and not outputs and not self.engine.has_unfinished_requests:
+            self._give_up(list(self._tickets.values()))
+
+    def _give_up(self, tickets: list[Ticket]) -> None:
+        """Ends requests whose outputs are lost: somebody's function has taken them, or ending them has failed."""
+        for ticket in tickets:
+            logger.error("request %s has ended without a last output", ticket.request_id)
+            del self._tickets[ticket.request_id]
+            self._conclude(ticket, RuntimeError("the last output was lost"))
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """Posts the outputs of a step, and tells listeners of the gaps between tokens."""
