@@ -196,6 +196,10 @@ class EngineThread:
             future.set_result(None)
         return future
 
+    def abort(self, request_id: str) -> "Future[None]":
+        """Ends a request by its id, as ``cancel`` does; the future fails with UnknownRequestError if none has it."""
+        return self.call(lambda engine: self._abort_by_id(engine, request_id))
+
     def abort_all(self) -> None:
         """Ends all requests; each gets its last output, or EngineDrainingError if it had not begun."""
         self._put(self._abort_all)
@@ -233,6 +237,8 @@ class EngineThread:
         engine.add_listener(self)
         with self._lock:
             self.engine = engine
+            if self.state is EngineState.CLOSED:
+                raise StartCancelledError("closed before it had started")
             if self.state is EngineState.STARTING:
                 self.state = EngineState.READY
         self.progress = StartProgress("ready", seconds=time.monotonic() - self._started)
@@ -355,6 +361,17 @@ class EngineThread:
             del self._tickets[ticket.request_id]
             self._conclude(ticket, error)
 
+    def _abort_by_id(self, engine: Engine, request_id: str) -> None:
+        try:
+            engine.abort_request(request_id)
+        except UnknownRequestError:
+            with self._lock:
+                arrived = list(self._arrived)
+            found = [each for each in arrived if each.request_id == request_id and not each.cancelled]
+            if not found:
+                raise
+            found[0].cancelled = True
+
     def _abort_all(self) -> None:
         while self._arrived:
             ticket = self._arrived.popleft()
@@ -370,7 +387,7 @@ class EngineThread:
             if self.engine is None or self._has_ended:
                 raise self._dead()
             future.set_result(function(self.engine))
-        except Exception as error:
+        except BaseException as error:  # it is the caller's, be it SystemExit
             future.set_exception(error)
 
     def _tell_idle(self) -> None:
