@@ -9,9 +9,12 @@ from typing import Any, Self, TypeVar
 from jaxpaged import BeamSearchParams, Engine, EngineStats, RequestOutput, RequestOutputKind, SamplingParams
 from jaxpaged.config import EngineConfig
 from jaxpaged.models import ModelConfig
-from jaxpaged.serve.engine_thread import EngineState, EngineThread, MakeEngine, StartProgress
+from jaxpaged.serve.engine_errors import EngineUnavailableError
+from jaxpaged.serve.engine_state import EngineState, MakeEngine, StartProgress
+from jaxpaged.serve.engine_thread import EngineThread
+from jaxpaged.serve.listeners import Listener
 from jaxpaged.serve.output_merge import merge
-from jaxpaged.serve.tickets import Item, Listener, Ticket
+from jaxpaged.serve.tickets import Item, Ticket
 from jaxpaged.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -62,6 +65,11 @@ class AsyncEngine:
         return self._thread.num_unfinished
 
     @property
+    def is_started(self) -> bool:
+        """Whether there is an engine: from the end of the start to the end of the thread."""
+        return self._thread.refusal() is None
+
+    @property
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer. Safe to use from any thread."""
         return self._engine.tokenizer
@@ -86,7 +94,7 @@ class AsyncEngine:
 
     def add_listener(self, listener: Listener) -> None:
         """Tells ``listener`` what happens from now on, in the engine's thread."""
-        self._thread.listeners.append(listener)
+        self._thread.listeners.add(listener)
 
     def check_available(self, num_sequences: int = 1) -> None:
         """Raises what ``generate`` would of a request for so many sequences."""
@@ -159,6 +167,13 @@ class AsyncEngine:
         """A snapshot of the engine's counters and times."""
         return await self.run(lambda engine: engine.stats())
 
+    def stats_from_thread(self, timeout: float) -> EngineStats | None:
+        """``stats`` for a thread without an event loop; None when there is no engine, or it is busy for too long."""
+        try:
+            return self._thread.call(lambda engine: engine.stats()).result(timeout)  # type: ignore[no-any-return]
+        except (EngineUnavailableError, TimeoutError):
+            return None
+
     async def drain(self, timeout: float | None = None) -> None:
         """Takes nothing new and waits until everything under way has ended; after ``timeout`` seconds aborts it."""
         drained = asyncio.wrap_future(self._thread.drain())
@@ -208,8 +223,8 @@ class OutputStream:
         else:
             self._arrived = item if self._arrived is None else merge(self._arrived, item)
             self._ended = self._ended or item.finished
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._waiter is not None:
+            _wake(self._waiter)
 
     def __aiter__(self) -> Self:
         return self
@@ -232,16 +247,29 @@ class OutputStream:
             raise output.error
         return output
 
-    async def wait(self, timeout: float | None) -> bool:
+    async def wait(self, timeout: float) -> bool:
         """Waits until ``__anext__`` would return or raise at once; whether it would, after ``timeout`` seconds."""
-        if self._arrived is None and self._error is None and not self._ended:
+        if not self._has_news:
             self._waiter = self._loop.create_future()
+            timer = self._loop.call_later(timeout, _wake, self._waiter)
             try:
-                await asyncio.wait([self._waiter], timeout=timeout)
+                await self._waiter
             except BaseException:
                 self.cancel()
                 raise
-        return self._arrived is not None or self._error is not None or self._ended
+            finally:
+                timer.cancel()
+        return self._has_news
+
+    @property
+    def _has_news(self) -> bool:
+        return self._arrived is not None or self._ended
+
+    def raise_error(self) -> None:
+        """Raises what ended the request, if that is all there is to read."""
+        error = self._error if self._arrived is None else self._arrived.error
+        if error is not None:
+            raise error
 
     def cancel(self) -> None:
         """Aborts the request, if it still runs, and forgets what it brought."""
@@ -255,6 +283,11 @@ class OutputStream:
 
     def __del__(self) -> None:
         self.cancel()
+
+
+def _wake(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 class _LoopMailbox:

@@ -5,20 +5,17 @@ comes back is posted to the ticket's mailbox, all outputs of a step for one mail
 loop costs once a step and not once a request.
 """
 
-import enum
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
 from jaxpaged import Engine, RequestOutput
 from jaxpaged.errors import UnknownRequestError
-from jaxpaged.records import IterationRecord, RequestRecord
 from jaxpaged.serve.engine_errors import (
     EngineDeadError,
     EngineDrainingError,
@@ -27,7 +24,9 @@ from jaxpaged.serve.engine_errors import (
     QueueFullError,
 )
 from jaxpaged.serve.engine_health import EngineHealth
-from jaxpaged.serve.tickets import Item, Listener, Mailbox, Ticket, aborted_output, note_gaps
+from jaxpaged.serve.engine_state import EngineState, MakeEngine, StartCancelledError, StartProgress
+from jaxpaged.serve.listeners import Listener, Listeners, note_gaps
+from jaxpaged.serve.tickets import Item, Mailbox, Ticket, aborted_output
 
 __all__ = [
     "EngineDeadError",
@@ -52,33 +51,6 @@ MAX_ADMISSION_SECONDS = 0.004
 RETRY_AFTER_RANGE = (1.0, 60.0)
 
 
-class EngineState(enum.StrEnum):
-    """What an engine that serves is doing."""
-
-    STARTING = "starting"
-    READY = "ready"
-    DRAINING = "draining"
-    DEAD = "dead"
-    CLOSED = "closed"
-
-
-@dataclass(frozen=True)
-class StartProgress:
-    """How far the start has come: ``done`` of ``total`` parts of a stage, ``seconds`` since the beginning."""
-
-    stage: str  # "loading", "compiling" or "ready"
-    done: int = 0
-    total: int = 0
-    seconds: float = 0.0
-
-
-class StartCancelledError(RuntimeError):
-    """The engine was closed before it had started."""
-
-
-MakeEngine = Callable[[Callable[[StartProgress], None]], Engine]
-
-
 class EngineThread:
     """Runs an engine until it is closed or dies.
 
@@ -99,7 +71,6 @@ class EngineThread:
         self.error: BaseException | None = None
         self.engine: Engine | None = None
         self.num_unfinished = 0  # sequences
-        self.listeners: list[Listener] = []
         # Guards what both sides change: state, num_unfinished, the way into the queue. A stream that the garbage
         # collector drops, at whatever moment, cancels its request: so a thread may take the lock again.
         self._lock = threading.RLock()
@@ -107,6 +78,7 @@ class EngineThread:
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._arrived: deque[Ticket] = deque()  # taken, not yet with the engine
         self._tickets: dict[str, Ticket] = {}  # with the engine
+        self.listeners = Listeners(self._tickets.get)
         self._waiting_for_idle: list[Future[None]] = []
         self._ready = _new_event()
         self._started = time.monotonic()
@@ -234,7 +206,7 @@ class EngineThread:
         made = self._make_engine
         engine = made if isinstance(made, Engine) else made(self._tell_progress)
         self._health = EngineHealth(engine)
-        engine.add_listener(self)
+        engine.add_listener(self.listeners)
         with self._lock:
             self.engine = engine
             if self.state is EngineState.CLOSED:
@@ -314,16 +286,14 @@ class EngineThread:
             ticket = self._tickets.get(output.request_id)
             if ticket is None:
                 continue  # of somebody's function
-            if ticket.shows_every_token:
-                note_gaps(ticket, output, gaps)
+            note_gaps(ticket, output, gaps)
             if output.finished:
                 del self._tickets[ticket.request_id]
                 self._finish(ticket)
             posts.setdefault(ticket.mailbox, []).append((ticket, output))
         for mailbox, items in posts.items():
             self._post(mailbox, items)
-        if gaps:
-            self._tell("gaps", gaps)
+        self.listeners.gaps(gaps)
 
     def _post(self, mailbox: Mailbox, items: list[Item]) -> None:
         """Passes outputs on; requests whose mailbox is gone, as with its event loop, end."""
@@ -394,28 +364,6 @@ class EngineThread:
         for future in self._waiting_for_idle:
             future.set_result(None)
         self._waiting_for_idle.clear()
-
-    def _tell(self, event: str, value: Any) -> None:
-        """Tells the listeners; one that raises is not told again."""
-        for listener in list(self.listeners):
-            try:
-                getattr(listener, event)(value)
-            except Exception:
-                logger.exception("%r is told no more: it raised", listener)
-                self.listeners.remove(listener)
-
-    def stepped(self, record: IterationRecord) -> None:
-        """A turn of the engine's loop has ended."""
-        self._tell("stepped", record)
-
-    def ended(self, record: RequestRecord) -> None:
-        """A completion has ended."""
-        ticket = self._tickets.get(record.request_id)
-        gap = record.time_per_output_token
-        if gap is not None and (ticket is None or not ticket.shows_every_token):
-            # When its tokens came is not known, only how long they took in the mean.
-            self._tell("gaps", {gap: record.num_generation_tokens - 1})
-        self._tell("ended", record)
 
     def _end(self, error: BaseException | None) -> None:
         """The thread ends: everybody who waits is told."""

@@ -1,18 +1,10 @@
-"""Requests on their way through the thread of an engine, and who hears of them."""
+"""Requests on their way through the thread of an engine, and where their outputs go."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from jaxpaged import BeamSearchParams, CompletionOutput, RequestOutput, RequestOutputKind, SamplingParams
-from jaxpaged.records import RecordListener
-
-
-class Listener(RecordListener, Protocol):
-    """Is told what happens, in the engine's thread: returns within microseconds, never blocks, never raises."""
-
-    def gaps(self, gaps: Mapping[float, int]) -> None:
-        """Times between successive tokens of a completion, in seconds, and how many tokens came after each."""
 
 
 class Mailbox(Protocol):
@@ -36,7 +28,7 @@ class Ticket:
     mailbox: Mailbox
     cancelled: bool = False
     done: bool = False  # nothing more comes
-    last_token_time: float | None = None
+    last_token_times: dict[int, float] = field(default_factory=dict)  # by completion
 
     @property
     def weight(self) -> int:
@@ -45,8 +37,11 @@ class Ticket:
 
     @property
     def shows_every_token(self) -> bool:
-        """Whether its outputs tell when each token came."""
-        return getattr(self.params, "output_kind", None) is RequestOutputKind.DELTA
+        """Whether its outputs tell when each token came; ``best_of`` shows nothing before the end."""
+        params = self.params
+        if not isinstance(params, SamplingParams) or params.output_kind is not RequestOutputKind.DELTA:
+            return False
+        return params.num_completions == params.n
 
 
 Item = tuple[Ticket, RequestOutput | Exception]
@@ -61,20 +56,6 @@ def aborted_output(ticket: Ticket) -> RequestOutput:
     elif isinstance(params, BeamSearchParams):
         count = params.num_return_sequences or 1
     outputs = [CompletionOutput(index, "", [], finish_reason="abort") for index in range(count)]
-    return RequestOutput(ticket.request_id, text if isinstance(text, str) else None, [], outputs, finished=True)
-
-
-def note_gaps(ticket: Ticket, output: RequestOutput, gaps: dict[float, int]) -> None:
-    """Adds the times between the tokens that an output brings and the ones before."""
-    metrics = output.metrics
-    now, before = None if metrics is None else metrics.last_token_time, ticket.last_token_time
-    if now is None or now == before:
-        return
-    ticket.last_token_time = now
-    if before is None:
-        return
-    for completion in output.outputs:
-        count = len(completion.token_ids)
-        if count:
-            gap = (now - before) / count  # a program of several steps brings several at once
-            gaps[gap] = gaps.get(gap, 0) + count
+    return RequestOutput(
+        ticket.request_id, text if isinstance(text, str) else None, [], outputs, finished=True
+    )
