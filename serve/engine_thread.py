@@ -311,6 +311,8 @@ class EngineThread:
         with self._lock:
             self._finish_times.append(time.monotonic())
             self.num_unfinished -= ticket.weight
+            if not self.num_unfinished:
+                self._finish_times.clear()  # how long nobody comes says nothing of how fast requests end
 
     def _conclude(self, ticket: Ticket, item: RequestOutput | Exception) -> None:
         """Gives a request that the engine does not have its last item, unless it has got it."""
@@ -403,7 +405,7 @@ class EngineThread:
         times, (low, high) = self._finish_times, RETRY_AFTER_RANGE
         if len(times) < 2:
             return low
-        seconds = (time.monotonic() - times[0]) / len(times)
+        seconds = (time.monotonic() - times[0]) / (len(times) - 1)
         return min(high, max(low, seconds))
 
 
