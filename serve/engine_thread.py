@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from jaxpaged import Engine, RequestOutput
-from jaxpaged.errors import UnknownRequestError
+from jaxpaged.errors import InvalidRequestError, UnknownRequestError
 from jaxpaged.serve.engine_errors import (
     EngineDeadError,
     EngineDrainingError,
@@ -59,11 +59,16 @@ class EngineThread:
         that function raises when the engine is closed meanwhile.
       max_queue_length: sequences that may wait beyond the ``max_num_seqs`` that run.
 
+    Raises:
+      InvalidRequestError: ``max_queue_length`` is no integer, or negative.
+
     Invariants: ``num_unfinished`` is the sum of the weights of the tickets that were taken and have not got their
     last item; every ticket that was taken gets a last item, whatever happens.
     """
 
     def __init__(self, make_engine: MakeEngine | Engine, *, max_queue_length: int = 1024) -> None:
+        if type(max_queue_length) is not int or max_queue_length < 0:
+            raise InvalidRequestError("max_queue_length", max_queue_length, "must be an integer, 0 or more")
         self._make_engine = make_engine
         self.max_queue_length = max_queue_length
         self.state = EngineState.STARTING
@@ -80,7 +85,7 @@ class EngineThread:
         self._tickets: dict[str, Ticket] = {}  # with the engine
         self.listeners = Listeners(self._tickets.get)
         self._waiting_for_idle: list[Future[None]] = []
-        self._ready = _new_event()
+        self._ready, self._stopped = _new_event(), _new_event()
         self._started = time.monotonic()
         self._finish_times: deque[float] = deque(maxlen=64)
         self._thread = threading.Thread(target=self._run, name="jaxpaged-engine", daemon=True)
@@ -94,6 +99,11 @@ class EngineThread:
         return self._ready
 
     @property
+    def stopped(self) -> "Future[None]":
+        """Done when nothing more comes: it was closed or is dead, and everybody has been told."""
+        return self._stopped
+
+    @property
     def is_alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
@@ -103,7 +113,7 @@ class EngineThread:
         with self._lock:
             self._check_available(weight)
 
-    def _check_available(self, weight: int) -> None:
+    def _check_available(self, weight: int, num_requests: int = 1) -> None:
         if (refusal := self.refusal()) is not None:
             raise refusal
         if self.state is EngineState.DRAINING:
@@ -111,7 +121,8 @@ class EngineThread:
         assert self.engine is not None, "ready without an engine"
         limit = self.engine.config.max_num_seqs + self.max_queue_length
         # One that is alone is let in whatever it asks for: the engine knows whether it can be.
-        if self.num_unfinished and self.num_unfinished + weight > limit:
+        is_alone = num_requests == 1 and not self.num_unfinished
+        if self.num_unfinished + weight > limit and not is_alone:
             message = f"the queue is full: {self.num_unfinished} sequences under way, at most {limit}"
             raise QueueFullError(message, self._retry_after())
 
@@ -121,17 +132,18 @@ class EngineThread:
             return self._dead()
         return EngineNotReadyError("the engine is starting") if self.engine is None else None
 
-    def submit(self, ticket: Ticket) -> None:
-        """Takes a request; its mailbox gets its outputs, or the InvalidRequestError that says what is wrong with it.
+    def submit(self, *tickets: Ticket) -> None:
+        """Takes requests, all or none; a mailbox gets the outputs, or the InvalidRequestError that says what is wrong.
 
         Raises:
           EngineUnavailableError: the engine starts, drains or is dead.
           QueueFullError: too many requests are under way.
         """
+        weight = sum(ticket.weight for ticket in tickets)
         with self._lock:
-            self._check_available(ticket.weight)
-            self.num_unfinished += ticket.weight
-            self._arrived.append(ticket)
+            self._check_available(weight, len(tickets))
+            self.num_unfinished += weight
+            self._arrived.extend(tickets)
             self._commands.put(None)
 
     def _put(self, command: Callable[[], None]) -> bool:
@@ -392,6 +404,7 @@ class EngineThread:
             if (command := self._commands.get_nowait()) is not None:
                 command()
         self._tell_idle()
+        self._stopped.set_result(None)
 
     def _dead(self) -> EngineDeadError:
         if self.error is None:
