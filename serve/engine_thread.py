@@ -204,7 +204,7 @@ class EngineThread:
             self._start()
             while self.state is not EngineState.CLOSED:
                 self._take_commands()
-                if self._arrived:
+                if self._arrived and not self._health.is_in_doubt:
                     self._admit()
                 if self._tickets or (self.engine is not None and self.engine.has_unfinished_requests):
                     self._step()
