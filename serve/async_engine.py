@@ -182,6 +182,10 @@ class AsyncEngine:
             self._thread.abort_all()
             await drained
 
+    def abort_all(self) -> None:
+        """Ends all requests; each stream gets its last output."""
+        self._thread.abort_all()
+
     async def close(self) -> None:
         """Aborts what is left, closes the engine and ends its thread; closing twice is fine."""
         await asyncio.get_running_loop().run_in_executor(None, self._thread.close)
@@ -199,7 +203,9 @@ class OutputStream:
 
     Cancelling whoever waits for the next output, ``aclose`` and dropping the stream abort the request. A reader that
     is slower than the engine gets outputs that hold what several steps brought: what waits for it is one output, of
-    at most ``max_tokens`` tokens.
+    at most ``max_tokens`` tokens. What ended a request is raised once everything before it has been read.
+
+    One task at a time may wait for it, in the event loop that it was made in.
     """
 
     def __init__(self, thread: EngineThread, ticket: Ticket, loop: asyncio.AbstractEventLoop) -> None:
@@ -218,48 +224,56 @@ class OutputStream:
 
     def put(self, item: RequestOutput | Exception) -> None:
         """Takes what the engine brought, in the event loop's thread."""
+        if self._ended:
+            return  # nobody reads it any more
         if isinstance(item, Exception):
             self._error, self._ended = item, True
+        elif item.error is not None:
+            self._error, self._ended = item.error, True
         else:
             self._arrived = item if self._arrived is None else merge(self._arrived, item)
-            self._ended = self._ended or item.finished
-        if self._waiter is not None:
-            _wake(self._waiter)
+            self._ended = item.finished
+        self._wake()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        while self._arrived is None:
-            if self._error is not None:
-                error, self._error = self._error, None
-                raise error
-            if self._ended:
+        if not self._has_news:
+            await self._wait()
+        if self._arrived is None:
+            if self._error is None:
                 raise StopAsyncIteration
-            self._waiter = self._loop.create_future()
-            try:
-                await self._waiter
-            except BaseException:
-                self.cancel()
-                raise
+            error, self._error = self._error, None
+            raise error
         output, self._arrived = self._arrived, None
-        if output.error is not None:
-            raise output.error
         return output
 
     async def wait(self, timeout: float) -> bool:
         """Waits until ``__anext__`` would return or raise at once; whether it would, after ``timeout`` seconds."""
         if not self._has_news:
-            self._waiter = self._loop.create_future()
-            timer = self._loop.call_later(timeout, _wake, self._waiter)
+            timer = self._loop.call_later(timeout, self._wake)
             try:
-                await self._waiter
-            except BaseException:
-                self.cancel()
-                raise
+                await self._wait()
             finally:
                 timer.cancel()
         return self._has_news
+
+    async def _wait(self) -> None:
+        if self._waiter is not None:
+            raise RuntimeError("another task waits for this stream")
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        except BaseException:
+            self.cancel()
+            raise
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     @property
     def _has_news(self) -> bool:
@@ -267,27 +281,25 @@ class OutputStream:
 
     def raise_error(self) -> None:
         """Raises what ended the request, if that is all there is to read."""
-        error = self._error if self._arrived is None else self._arrived.error
-        if error is not None:
-            raise error
+        if self._arrived is None and self._error is not None:
+            raise self._error
 
     def cancel(self) -> None:
-        """Aborts the request, if it still runs, and forgets what it brought."""
+        """Aborts the request, if it still runs, and forgets what it brought; for who waits for it, it has ended."""
         if not self._ended:
             self._ended = True
             self._thread.cancel(self._ticket)
+        self._arrived = self._error = None
+        self._wake()
 
     async def aclose(self) -> None:
-        """Aborts the request, if it still runs."""
+        """The same as ``cancel``."""
         self.cancel()
 
     def __del__(self) -> None:
-        self.cancel()
-
-
-def _wake(waiter: "asyncio.Future[None]") -> None:
-    if not waiter.done():
-        waiter.set_result(None)
+        # In whatever thread the garbage collector runs: nothing of the event loop may be touched.
+        if not self._ended:
+            self._thread.cancel(self._ticket)
 
 
 class _LoopMailbox:
