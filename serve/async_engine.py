@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import secrets
 import weakref
 from collections.abc import Callable
 from typing import Any, Self, TypeVar
@@ -42,7 +43,8 @@ class AsyncEngine:
         self._thread = EngineThread(make_engine, max_queue_length=max_queue_length)
         self._mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopMailbox]
         self._mailboxes = weakref.WeakKeyDictionary()
-        self._ids = itertools.count()
+        # No id that anybody else would choose.
+        self._ids = map(f"async-{secrets.token_hex(4)}-{{}}".format, itertools.count())
 
     @property
     def state(self) -> EngineState:
@@ -104,9 +106,11 @@ class AsyncEngine:
         """Returns once the engine takes requests.
 
         Raises:
-          EngineDeadError: it could not start.
+          EngineDeadError: it could not start, or has ended since.
         """
         await asyncio.wrap_future(self._thread.ready)
+        if (refusal := self._thread.refusal()) is not None:
+            raise refusal
 
     def generate(
         self,
@@ -140,7 +144,7 @@ class AsyncEngine:
         mailbox = self._mailboxes.get(loop)
         if mailbox is None:
             mailbox = self._mailboxes[loop] = _LoopMailbox(loop)
-        name = f"async-{next(self._ids)}" if request_id is None else request_id
+        name = next(self._ids) if request_id is None else request_id
         ticket = Ticket(name, prompt, params, handling, mailbox)
         stream = OutputStream(self._thread, ticket, loop)
         mailbox.streams[ticket] = stream
@@ -153,7 +157,7 @@ class AsyncEngine:
         Raises:
           UnknownRequestError: no live request has this id.
         """
-        await self.run(lambda engine: engine.abort_request(request_id))
+        await asyncio.wrap_future(self._thread.abort(request_id))
 
     async def run(self, function: Callable[[Engine], T]) -> T:
         """Runs ``function(engine)`` in the engine's thread between two steps; at once when it is idle.
