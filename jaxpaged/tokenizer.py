@@ -1,5 +1,6 @@
 """Text to token ids and back, from a checkpoint's ``tokenizer.json``; no transformers needed."""
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,18 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether ``apply_chat_template`` can work."""
         return self._chat_template is not None
+
+    def with_chat_template(self, path: str | os.PathLike[str]) -> Self:
+        """The same tokenizer with the chat template in a file instead of its own.
+
+        Raises CheckpointError when the file cannot be read.
+        """
+        changed = copy.copy(self)
+        try:
+            changed._chat_template = ChatTemplate(Path(path).read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        return changed
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **arguments: Any

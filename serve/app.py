@@ -1,5 +1,6 @@
 """The commands and their options; what they do is imported when they run."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 from jaxpaged import __version__
 from jaxpaged.serve.commands import command
 from jaxpaged.serve.options import EngineOptions, SamplingOptions
+from jaxpaged.serve.server.options import ServerOptions
 
 app = typer.Typer(
     name="jaxpaged",
@@ -73,6 +75,24 @@ def chat(
     from jaxpaged.serve.chat import run_chat
 
     run_chat(system, sampling, engine)
+
+
+@command(app)
+def serve(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="MODEL", help="Folder of a Hugging Face checkpoint; the same as --model."),
+    ] = None,
+    *,
+    server: ServerOptions,
+    engine: EngineOptions,
+) -> None:
+    """Serve a model over HTTP, compatible with OpenAI's API."""
+    from jaxpaged.serve.server.run import run_serve
+
+    if folder is not None and engine.model is not None:
+        raise ValueError(f"MODEL={folder}: --model={engine.model} says otherwise")
+    run_serve(server, engine if folder is None else dataclasses.replace(engine, model=folder))
 
 
 @command(app)

@@ -77,9 +77,13 @@ class EngineOptions:
         str | None, _engine(help="Implementation of attention. [dim]Default: the best one here.[/]")
     ] = None
     seed: Annotated[int | None, _engine(help="The same seed gives the same text.")] = None
-    warmup: Annotated[bool, _engine("--warmup", help="Compile every bucket before the first request.")] = (
-        False
-    )
+    warmup: Annotated[
+        bool | None,
+        _engine(
+            "--warmup/--no-warmup",
+            help="Compile every bucket before the first request. [dim]Default: only serve does.[/]",
+        ),
+    ] = None
     compilation_cache: Annotated[
         Path | None,
         _engine(help="Folder for compiled programs. [dim]Default: jaxpaged in the user's cache folder.[/]"),
@@ -90,15 +94,21 @@ class EngineOptions:
         """Whether the model is the one that comes with the package."""
         return self.model is None
 
+    @property
+    def folder(self) -> Path:
+        """Where the model is."""
+        from jaxpaged.models import embedded_model_path
+
+        return self.model or embedded_model_path()
+
     def open(self, **changes: Any) -> "Engine":
         """The engine. ``changes`` are engine arguments that hold where no option was given."""
         import jax
 
         from jaxpaged import Engine
-        from jaxpaged.models import embedded_model_path
 
         given = {name: getattr(self, name) for name in _AS_THEY_ARE}
-        given |= {"warmup": self.warmup or None, "deterministic": self.deterministic or None}
+        given |= {"deterministic": self.deterministic or None}
         given |= {"enable_prefix_caching": not self.no_prefix_caching}
         given["async_scheduling"] = _switch("--async-scheduling", self.async_scheduling)
         arguments = changes | {name: value for name, value in given.items() if value is not None}
@@ -106,7 +116,7 @@ class EngineOptions:
         # Somebody who has configured JAX's own cache keeps it.
         if folder is None and jax.config.jax_compilation_cache_dir is None:
             folder = compilation_cache_folder()
-        return Engine(self.model or embedded_model_path(), compilation_cache_dir=folder, **arguments)
+        return Engine(self.folder, compilation_cache_dir=folder, **arguments)
 
 
 _AS_THEY_ARE = (
@@ -122,6 +132,7 @@ _AS_THEY_ARE = (
     "preemption_mode",
     "attention",
     "seed",
+    "warmup",
 )
 
 

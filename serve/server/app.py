@@ -1,0 +1,170 @@
+"""The application: routes over one engine, behind their guards, and what is told of every request."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.types import ASGIApp
+
+from jaxpaged import __version__
+from jaxpaged.serve.async_engine import AsyncEngine
+from jaxpaged.serve.engine_errors import EngineUnavailableError
+from jaxpaged.serve.engine_thread import EngineState
+from jaxpaged.serve.metrics.access_log import AccessEntry, AccessLog
+from jaxpaged.serve.metrics.prometheus import PrometheusMetrics
+from jaxpaged.serve.metrics.tensorboard import TensorBoardWriter
+from jaxpaged.serve.page.block_feed import BlockFeed
+from jaxpaged.serve.page.routes import page_routes, public_paths
+from jaxpaged.serve.server.chat_completions import chat_routes
+from jaxpaged.serve.server.completions import completion_routes
+from jaxpaged.serve.server.failures import install_failure_handlers
+from jaxpaged.serve.server.guards.access import RequestSummary
+from jaxpaged.serve.server.guards.api_key import PUBLIC_PATHS, read_api_keys
+from jaxpaged.serve.server.guards.stack import GuardOptions, guard
+from jaxpaged.serve.server.options import ServerOptions
+from jaxpaged.serve.server.route_docs import COMMON_RESPONSES
+from jaxpaged.serve.server.service import Service
+from jaxpaged.serve.server.state_routes import state_routes
+from jaxpaged.serve.server.text_routes import text_routes
+
+logger = logging.getLogger(__name__)
+
+_ENTRY_FIELDS = frozenset(field.name for field in fields(AccessEntry))
+
+
+@dataclass(frozen=True)
+class Application:
+    """What serves: ``asgi`` for a server such as uvicorn; ``app`` inside it has the routes and the schema."""
+
+    asgi: ASGIApp
+    app: FastAPI
+    service: Service
+    metrics: PrometheusMetrics
+
+
+def build_app(engine: AsyncEngine, options: ServerOptions, names: Sequence[str]) -> Application:
+    """The application that serves ``engine`` under ``names``.
+
+    Raises:
+      ValueError: an option makes no sense.
+    """
+    service = Service(engine, options, names)
+    metrics = PrometheusMetrics(names[0])
+    engine.add_listener(metrics)
+    log = AccessLog.of_option(options.access_log)
+    app = FastAPI(
+        title="jaxpaged",
+        version=__version__,
+        summary="OpenAI-compatible serving of language models in JAX.",
+        docs_url=None,  # its pages load scripts from elsewhere
+        redoc_url=None,
+        responses=COMMON_RESPONSES,
+        lifespan=lambda _: _watch(engine, options, metrics, log),
+    )
+    app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
+    install_failure_handlers(app, metrics.refused)
+    app.include_router(completion_routes(service))
+    app.include_router(chat_routes(service))
+    app.include_router(text_routes(service))
+    app.include_router(state_routes(service, metrics))
+    public = PUBLIC_PATHS
+    if options.page:
+        app.include_router(page_routes(BlockFeed(engine)))
+        public += public_paths()
+
+    def on_end(summary: RequestSummary) -> None:
+        metrics.http(summary.route, summary.method, summary.status, summary.seconds)
+        if summary.disconnected:
+            metrics.disconnected()
+        log.write(_entry(summary))
+
+    return Application(guard(app, _guard_options(options, public), on_end=on_end), app, service, metrics)
+
+
+def _guard_options(options: ServerOptions, public: Sequence[str]) -> GuardOptions:
+    keys = list(options.api_key or ())
+    if options.api_key_file is not None:
+        keys += read_api_keys(options.api_key_file)
+    return GuardOptions(
+        api_keys=tuple(keys),
+        public_paths=tuple(public),
+        bind_host=options.host,
+        allowed_hosts=tuple(options.allowed_host or ()),
+        allowed_origins=tuple(options.allowed_origin or ()),
+        max_body_bytes=options.max_body_bytes,
+        max_total_body_bytes=max(16 * options.max_body_bytes, options.max_body_bytes),
+        body_timeout=options.body_timeout,
+    )
+
+
+def _entry(summary: RequestSummary) -> AccessEntry:
+    details: dict[str, Any] = {k: v for k, v in summary.details.items() if k in _ENTRY_FIELDS}
+    if summary.disconnected:
+        details.setdefault("error", "client_disconnected")
+    return AccessEntry(
+        request_id=summary.request_id or "",
+        client=summary.client,
+        method=summary.method,
+        route=summary.route,
+        status=summary.status,
+        duration=summary.seconds,
+        **details,
+    )
+
+
+def _schema(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI schema: a body that does not fit is answered with 400, as OpenAI does, not FastAPI's 422."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+@contextlib.asynccontextmanager
+async def _watch(
+    engine: AsyncEngine, options: ServerOptions, metrics: PrometheusMetrics, log: AccessLog
+) -> AsyncIterator[None]:
+    """While the server runs: introduces the engine to the metrics, writes for TensorBoard, times attention."""
+    board = None
+    if options.tensorboard is not None:
+        board = TensorBoardWriter(options.tensorboard, stats=lambda: engine.stats_from_thread(timeout=5.0))
+        engine.add_listener(board)
+    task = asyncio.create_task(_observe(engine, options, metrics, board))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        if board is not None:
+            board.close()
+        log.close()
+
+
+async def _observe(
+    engine: AsyncEngine, options: ServerOptions, metrics: PrometheusMetrics, board: TensorBoardWriter | None
+) -> None:
+    try:
+        await engine.wait_ready()
+        metrics.set_engine(engine.config, await engine.run(lambda live: live.memory_report()))
+        while options.attention_probe and engine.state is EngineState.READY:
+            await asyncio.sleep(options.attention_probe)
+            seconds = await engine.run(lambda live: live.measure_attention())
+            if seconds is not None:
+                metrics.observe_attention(seconds)
+                if board is not None:
+                    board.observe_attention(seconds)
+    except EngineUnavailableError:
+        logger.debug("the engine ended before its observer")
+    except Exception:
+        logger.exception("the engine is observed no more")

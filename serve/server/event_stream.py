@@ -1,0 +1,107 @@
+"""Answers as server-sent events, and waiting for an answer that nobody may be left to read.
+
+Written on bare ASGI: an event costs one call of ``send``. A reader that is slow makes ``send`` wait, and what the
+engine brings meanwhile is merged into one output (``OutputStream``).
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from jaxpaged.serve.server.failures import ClientLeftError
+
+T = TypeVar("T")
+Write = Callable[[bytes], Awaitable[None]]
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # proxies pass each event on at once
+}
+
+
+def event(data: bytes) -> bytes:
+    """One event; ``data`` has no line breaks, which JSON never needs."""
+    return b"data: " + data + b"\n\n"
+
+
+class EventStream(Response):
+    """Runs ``produce(write)``, whose events are the body; a client that leaves cancels it.
+
+    ``produce`` answers its own failures, by an event: the status has long been sent.
+    """
+
+    def __init__(
+        self, produce: Callable[[Write], Coroutine[Any, Any, None]], headers: Mapping[str, str] = HEADERS
+    ) -> None:
+        super().__init__(None, 200, headers)
+        self.raw_headers = [(k, v) for k, v in self.raw_headers if k != b"content-length"]
+        self._produce = produce
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+        def write(data: bytes) -> Awaitable[None]:
+            return send({"type": "http.response.body", "body": data, "more_body": True})
+
+        if await unless_client_leaves(receive, self._produce(write)):
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, Any]) -> bool:
+    """Runs ``work`` unless the client leaves first, which cancels it; whether it ended by itself."""
+    task = asyncio.current_task()
+    assert task is not None, "not in a task"
+    watcher = asyncio.create_task(_client_left(receive))
+    left = False
+
+    def cancel(_: object) -> None:
+        nonlocal left
+        if not watcher.cancelled():
+            left = True
+            task.cancel()
+
+    watcher.add_done_callback(cancel)
+    try:
+        await work
+    except asyncio.CancelledError:
+        if not left:
+            raise
+        task.uncancel()
+        return False
+    finally:
+        watcher.remove_done_callback(cancel)
+        watcher.cancel()
+    return True
+
+
+async def answer_unless_client_leaves[T](receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``.
+
+    Raises:
+      ClientLeftError: the client left first, and ``work`` was cancelled.
+    """
+    results: list[T] = []
+
+    async def keep_result() -> None:
+        results.append(await work)
+
+    try:
+        if await unless_client_leaves(receive, keep_result()):
+            return results[0]
+    finally:
+        work.close()
+    raise ClientLeftError
+
+
+async def _client_left(receive: Receive) -> None:
+    """Returns when the client has gone; what it still sends is dropped."""
+    while True:
+        message: Message = await receive()
+        if message["type"] == "http.disconnect":
+            return

@@ -1,0 +1,87 @@
+"""Streams of chunks: from the engine's outputs to events, for one prompt or several at once."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+from jaxpaged import RequestOutput
+from jaxpaged.serve.async_engine import OutputStream
+from jaxpaged.serve.server.event_stream import DONE, KEEP_ALIVE, EventStream, Write, event
+from jaxpaged.serve.server.failures import failure_of
+from jaxpaged.serve.server.jobs import Job
+
+
+class Chunks(Protocol):
+    """Writes outputs as chunks."""
+
+    def opening(self, number: int) -> bytes:
+        """What comes before the first output of prompt ``number``; may be empty."""
+
+    def events(self, number: int, output: RequestOutput) -> bytes:
+        """What an output of prompt ``number`` brings; may be empty."""
+
+    def usage(self) -> bytes:
+        """A chunk without choices, with the usage of the whole request."""
+
+
+def event_stream(job: Job, chunks: Chunks) -> EventStream:
+    """The answer to a request that streams."""
+
+    async def produce(write: Write) -> None:
+        try:
+            if len(job.streams) == 1:
+                await _pump(job, 0, job.streams[0], chunks, write)
+            else:
+                pumps = (_pump(job, i, stream, chunks, write) for i, stream in enumerate(job.streams))
+                await _all_or_none([asyncio.create_task(pump) for pump in pumps])
+            if job.body.stream_options is not None and job.body.stream_options.include_usage:
+                await write(chunks.usage())
+        except Exception as error:
+            failure = failure_of(error)
+            job.details["error"] = failure.reason
+            await write(event(failure.body()))
+        finally:
+            job.close()
+        await write(DONE)
+
+    return EventStream(produce)
+
+
+async def _pump(job: Job, number: int, stream: OutputStream, chunks: Chunks, write: Write) -> None:
+    """Writes the outputs of one prompt as they come, and comments while none do."""
+    interval = job.service.options.keep_alive_interval
+    opening = chunks.opening(number)
+    while True:
+        if not await stream.wait(interval):
+            await write(KEEP_ALIVE)
+            continue
+        try:
+            output = await anext(stream)
+        except StopAsyncIteration:
+            return
+        job.note(output)
+        data = chunks.events(number, output)
+        if opening:
+            data, opening = opening + data, b""
+        if data:
+            await write(data)
+        if output.finished:
+            for completion in output.outputs:
+                job.check_end(completion)
+            return
+
+
+def finish_reason(reason: str | None) -> str | None:
+    """OpenAI's finish reason; None for what is answered by an error instead."""
+    return reason if reason in ("stop", "length") else None
+
+
+async def _all_or_none(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Waits for all; when one raises, the others are cancelled."""
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
