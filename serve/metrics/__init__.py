@@ -1,0 +1,1 @@
+"""What a serving engine tells about itself: Prometheus, TensorBoard, a Grafana dashboard, the access log."""
