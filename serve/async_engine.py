@@ -174,7 +174,7 @@ class AsyncEngine:
     def stats_from_thread(self, timeout: float) -> EngineStats | None:
         """``stats`` for a thread without an event loop; None when there is no engine, or it is busy for too long."""
         try:
-            return self._thread.call(lambda engine: engine.stats()).result(timeout)  # type: ignore[no-any-return]
+            return self._thread.call(lambda engine: engine.stats()).result(timeout)
         except (EngineUnavailableError, TimeoutError):
             return None
 

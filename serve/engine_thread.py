@@ -67,8 +67,7 @@ class EngineThread:
     """
 
     def __init__(self, make_engine: MakeEngine | Engine, *, max_queue_length: int = 1024) -> None:
-        if type(max_queue_length) is not int or max_queue_length < 0:
-            raise InvalidRequestError("max_queue_length", max_queue_length, "must be an integer, 0 or more")
+        check_limit("max_queue_length", max_queue_length, 0)
         self._make_engine = make_engine
         self.max_queue_length = max_queue_length
         self.state = EngineState.STARTING
@@ -420,6 +419,12 @@ class EngineThread:
             return low
         seconds = (time.monotonic() - times[0]) / (len(times) - 1)
         return min(high, max(low, seconds))
+
+
+def check_limit(name: str, value: int, least: int) -> None:
+    """Raises InvalidRequestError unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidRequestError(name, value, f"must be an integer of at least {least}")
 
 
 def _new_event() -> "Future[None]":
