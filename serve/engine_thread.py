@@ -79,8 +79,9 @@ class EngineThread:
         # collector drops, at whatever moment, cancels its request: so a thread may take the lock again.
         self._lock = threading.RLock()
         self._has_ended = False  # the thread takes no more commands
-        self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._arrived: deque[Ticket] = deque()  # taken, not yet with the engine
+        # Everything goes through here, so that it happens in the order in which it was asked for.
+        self._commands: SimpleQueue[Callable[[], Any]] = SimpleQueue()
+        self._arrived: deque[Ticket] = deque()  # not yet with the engine
         self._tickets: dict[str, Ticket] = {}  # with the engine
         self.listeners = Listeners(self._tickets.get)
         self._waiting_for_idle: list[Future[None]] = []
@@ -142,8 +143,7 @@ class EngineThread:
         with self._lock:
             self._check_available(weight, len(tickets))
             self.num_unfinished += weight
-            self._arrived.extend(tickets)
-            self._commands.put(None)
+            self._commands.put(lambda: self._arrived.extend(tickets))
 
     def _put(self, command: Callable[[], None]) -> bool:
         """Has the thread run a command; whether it will."""
@@ -239,11 +239,10 @@ class EngineThread:
         if self.state is EngineState.CLOSED:
             return
         has_work = self._arrived or self._tickets or self.engine.has_unfinished_requests
-        if not has_work and not self._waiting_for_idle and (command := self._commands.get()) is not None:
-            command()
+        if not has_work and not self._waiting_for_idle:
+            self._commands.get()()
         for _ in range(self._commands.qsize()):
-            if (command := self._commands.get_nowait()) is not None:
-                command()
+            self._commands.get_nowait()()
 
     def _admit(self) -> None:
         """Gives the engine the requests that have arrived, as many as there is time for."""
@@ -348,9 +347,7 @@ class EngineThread:
         try:
             engine.abort_request(request_id)
         except UnknownRequestError:
-            with self._lock:
-                arrived = list(self._arrived)
-            found = [each for each in arrived if each.request_id == request_id and not each.cancelled]
+            found = [each for each in self._arrived if each.request_id == request_id and not each.cancelled]
             if not found:
                 raise
             found[0].cancelled = True
@@ -387,6 +384,8 @@ class EngineThread:
             self._has_ended = True
         if is_failure:
             logger.critical("the engine is dead: %s", error, exc_info=error)
+        while not self._commands.empty():
+            self._commands.get_nowait()()
         tickets = [*self._tickets.values(), *self._arrived]
         self._tickets.clear()
         self._arrived.clear()
@@ -399,9 +398,6 @@ class EngineThread:
                 logger.exception("closing the engine failed")
         if not self._ready.done():
             self._ready.set_exception(self._dead())
-        while not self._commands.empty():
-            if (command := self._commands.get_nowait()) is not None:
-                command()
         self._tell_idle()
         self._stopped.set_result(None)
 
