@@ -19,6 +19,7 @@ from jaxpaged.serve.tickets import Item, Ticket
 from jaxpaged.tokenizer import Tokenizer
 
 T = TypeVar("T")
+CLOCK_TOLERANCE = 0.002  # seconds; event loops count in milliseconds
 
 
 class AsyncEngine:
@@ -220,6 +221,8 @@ class OutputStream:
         self._error: Exception | None = None
         self._ended = False
         self._waiter: asyncio.Future[None] | None = None
+        self._wait_until = 0.0  # of the loop's clock
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def request_id(self) -> str:
@@ -254,14 +257,27 @@ class OutputStream:
         return output
 
     async def wait(self, timeout: float) -> bool:
-        """Waits until ``__anext__`` would return or raise at once; whether it would, after ``timeout`` seconds."""
+        """Waits until ``__anext__`` would return or raise at once; whether it would, after ``timeout`` seconds.
+
+        One timer serves many calls in a row: setting one for each token would cost more than the rest of the waiting.
+        """
         if not self._has_news:
-            timer = self._loop.call_later(timeout, self._wake)
-            try:
-                await self._wait()
-            finally:
-                timer.cancel()
+            self._wait_until = self._loop.time() + timeout
+            if self._timer is None:
+                self._timer = self._loop.call_later(timeout, _look_at_the_time, weakref.ref(self))
+            await self._wait()
         return self._has_news
+
+    def _look_at_the_time(self) -> None:
+        """Wakes who has waited for long enough; else comes back when that will be so."""
+        self._timer = None
+        if self._waiter is None:
+            return
+        left = self._wait_until - self._loop.time()
+        if left <= CLOCK_TOLERANCE:
+            self._wake()
+        else:
+            self._timer = self._loop.call_later(left, _look_at_the_time, weakref.ref(self))
 
     async def _wait(self) -> None:
         if self._waiter is not None:
@@ -304,6 +320,11 @@ class OutputStream:
         # In whatever thread the garbage collector runs: nothing of the event loop may be touched.
         if not self._ended:
             self._thread.cancel(self._ticket)
+
+
+def _look_at_the_time(stream: "weakref.ref[OutputStream]") -> None:
+    if (found := stream()) is not None:
+        found._look_at_the_time()
 
 
 class _LoopMailbox:

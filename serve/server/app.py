@@ -22,6 +22,7 @@ from jaxpaged.serve.page.block_feed import BlockFeed
 from jaxpaged.serve.page.routes import page_routes, public_paths
 from jaxpaged.serve.server.chat_completions import chat_routes
 from jaxpaged.serve.server.completions import completion_routes
+from jaxpaged.serve.server.event_stream import with_short_way
 from jaxpaged.serve.server.failures import install_failure_handlers
 from jaxpaged.serve.server.guards.access import RequestSummary
 from jaxpaged.serve.server.guards.api_key import PUBLIC_PATHS, read_api_keys
@@ -83,7 +84,8 @@ def build_app(engine: AsyncEngine, options: ServerOptions, names: Sequence[str])
             metrics.disconnected()
         log.write(_entry(summary))
 
-    return Application(guard(app, _guard_options(options, public), on_end=on_end), app, service, metrics)
+    guarded = guard(app, _guard_options(options, public), on_end=on_end)
+    return Application(with_short_way(guarded), app, service, metrics)
 
 
 def _guard_options(options: ServerOptions, public: Sequence[str]) -> GuardOptions:

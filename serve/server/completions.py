@@ -12,7 +12,7 @@ from jaxpaged.outputs import Logprob
 from jaxpaged.serve.server.event_stream import answer_unless_client_leaves, event
 from jaxpaged.serve.server.failures import RequestFailure
 from jaxpaged.serve.server.jobs import Job, new_job
-from jaxpaged.serve.server.logprob_formats import completion_logprobs, prompt_logprobs
+from jaxpaged.serve.server.logprob_formats import TextOffsets, completion_logprobs, prompt_logprobs
 from jaxpaged.serve.server.protocol import CompletionRequest
 from jaxpaged.serve.server.responses import (
     Chunk,
@@ -102,7 +102,17 @@ class _Echo:
             text = self._service.tokenizer.decode(self._prompts[number], skip_special_tokens=False)
         return text
 
-    def logprobs(self, number: int, output: RequestOutput) -> dict[str, list[Any]] | None:
+    def offsets(self, number: int) -> TextOffsets:
+        """Of the tokens of a choice for prompt ``number``, its own tokens first if they are returned."""
+        special = self._service.special_token_ids
+        # What the tokenizer adds to a text, as BOS, is no part of it; what decodes token ids shows all of them.
+        shown = self.wanted and self._texts[number] is None
+        hidden = special if self._body.skip_special_tokens and not shown else frozenset[int]()
+        return TextOffsets(self._service.token_texts, hidden)
+
+    def logprobs(
+        self, number: int, output: RequestOutput, offsets: TextOffsets
+    ) -> dict[str, list[Any]] | None:
         """Log-probabilities of a prompt's tokens."""
         count = self._body.logprobs
         if not self.wanted or count is None:
@@ -110,9 +120,7 @@ class _Echo:
         ids, places = self._prompts[number], output.prompt_logprobs or []
         # prompt_logprobs may have asked for more candidates than logprobs did.
         narrowed = [_narrow(place, token, count) for place, token in zip(places, ids, strict=True)]
-        # What the tokenizer adds to a text, as BOS, is no part of it.
-        hidden = self._service.special_token_ids if self._texts[number] is not None else frozenset[int]()
-        return completion_logprobs(self._service.token_texts, ids, narrowed, 0, hidden)
+        return completion_logprobs(self._service.token_texts, ids, narrowed, offsets)
 
     def prompt_logprobs(self, output: RequestOutput) -> list[dict[str, Any] | None] | None:
         """vLLM's own field."""
@@ -140,12 +148,13 @@ def _response(
 ) -> CompletionResponse:
     choices = []
     for number, output in enumerate(outputs):
-        prompt_text, prompt_part = echo.text(number), echo.logprobs(number, output)
+        prompt_text = echo.text(number)
         for completion in sorted(output.outputs, key=lambda found: found.index):
             if echo.alone:
                 completion = CompletionOutput(completion.index, "", [], finish_reason="length")
-            part = _logprobs(job, body, completion, len(prompt_text))
-            found = _joined(prompt_part, part)
+            offsets = echo.offsets(number)
+            prompt_part = echo.logprobs(number, output, offsets)
+            found = _joined(prompt_part, _logprobs(job, body, completion, offsets))
             choices.append(
                 CompletionChoice(
                     index=number * body.n + completion.index,
@@ -166,14 +175,11 @@ def _response(
 
 
 def _logprobs(
-    job: Job, body: CompletionRequest, completion: CompletionOutput, offset: int
+    job: Job, body: CompletionRequest, completion: CompletionOutput, offsets: TextOffsets
 ) -> dict[str, list[Any]] | None:
     if body.logprobs is None or completion.logprobs is None:
         return None
-    hidden = job.service.special_token_ids if body.skip_special_tokens else frozenset[int]()
-    return completion_logprobs(
-        job.service.token_texts, completion.token_ids, completion.logprobs, offset, hidden
-    )
+    return completion_logprobs(job.service.token_texts, completion.token_ids, completion.logprobs, offsets)
 
 
 class _TextChunks:
@@ -186,8 +192,7 @@ class _TextChunks:
         usage = None if options is not None and options.include_usage else msgspec.UNSET
         self._chunk = Chunk(job.id, OBJECT, job.service.created_now(), job.model, [], usage)
         self._continuous = options is not None and options.continuous_usage_stats
-        self._offsets: dict[int, int] = {}
-        self._opened: set[int] = set()
+        self._offsets: dict[int, TextOffsets] = {}  # of the choices that have begun
 
     def opening(self, number: int) -> bytes:
         """Nothing: what is echoed comes with the first output, which has its log-probabilities."""
@@ -206,22 +211,17 @@ class _TextChunks:
     def _choice(
         self, number: int, index: int, output: RequestOutput, completion: CompletionOutput
     ) -> TextChunkChoice | None:
-        body, first = self._body, index not in self._opened
-        text, logprobs, reason = completion.text, None, completion.finish_reason
+        body, first = self._body, index not in self._offsets
+        text, reason = completion.text, completion.finish_reason
         if self._echo.alone:
             completion, text, reason = CompletionOutput(completion.index, "", []), "", "length"
-        offset = self._offsets.get(index, 0)
-        if body.logprobs is not None:
-            logprobs = _logprobs(self._job, body, completion, offset)
+        logprobs = None
         if first:
-            self._opened.add(index)
-            if self._echo.wanted:
-                prompt = self._echo.text(number)
-                if logprobs is not None:
-                    logprobs["text_offset"] = [at + len(prompt) for at in logprobs["text_offset"]]
-                logprobs = _joined(self._echo.logprobs(number, output), logprobs)
-                text = prompt + text
-        self._offsets[index] = offset + len(text)
+            self._offsets[index] = self._echo.offsets(number)
+            text = self._echo.text(number) + text
+            logprobs = self._echo.logprobs(number, output, self._offsets[index])
+        if body.logprobs is not None:
+            logprobs = _joined(logprobs, _logprobs(self._job, body, completion, self._offsets[index]))
         if not (text or reason or logprobs or body.return_token_ids):
             return None  # a part of a character, or text that may become a stop string
         choice = TextChunkChoice(index, text, logprobs, finish_reason(reason), completion.stop_reason)

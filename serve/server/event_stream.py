@@ -9,13 +9,14 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxpaged.serve.server.failures import ClientLeftError
 
 T = TypeVar("T")
 Write = Callable[[bytes], Awaitable[None]]
 
+_SERVER_SEND = "server_send"  # where the server's own ``send`` lies in a scope's state
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 HEADERS = {
@@ -28,6 +29,20 @@ HEADERS = {
 def event(data: bytes) -> bytes:
     """One event; ``data`` has no line breaks, which JSON never needs."""
     return b"data: " + data + b"\n\n"
+
+
+def with_short_way(app: ASGIApp) -> ASGIApp:
+    """Lets chunks of streams go to the server past what lies around the application.
+
+    Only the first and the last message of an answer concern it: with each layer a chunk costs a microsecond more.
+    """
+
+    async def outermost(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope.setdefault("state", {})[_SERVER_SEND] = send
+        await app(scope, receive, send)
+
+    return outermost
 
 
 class EventStream(Response):
@@ -45,9 +60,10 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        send_chunk = scope["state"].get(_SERVER_SEND, send)
 
         def write(data: bytes) -> Awaitable[None]:
-            return send({"type": "http.response.body", "body": data, "more_body": True})
+            return send_chunk({"type": "http.response.body", "body": data, "more_body": True})
 
         if await unless_client_leaves(receive, self._produce(write)):
             await send({"type": "http.response.body", "body": b"", "more_body": False})

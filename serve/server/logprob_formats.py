@@ -1,5 +1,6 @@
 """Log-probabilities as the APIs write them: completions as parallel lists, chats as a list of tokens."""
 
+import codecs
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,25 +13,37 @@ LOWEST = -9999.0
 Places = Sequence[Mapping[int, Logprob] | None]  # at each place, the token there first
 
 
-def completion_logprobs(
-    texts: TokenTexts,
-    token_ids: Sequence[int],
-    places: Places,
-    offset: int,
-    hidden: frozenset[int] = frozenset(),
-) -> dict[str, list[Any]]:
-    """``CompletionLogprobs`` of some tokens, the first of which begins at ``offset`` in the text.
+class TextOffsets:
+    """Where tokens begin in a text, in characters, one token after the other.
 
-    ``hidden`` are tokens that the text leaves out.
+    A token that is only a part of a character begins where the character does. ``hidden`` are tokens that the text
+    leaves out.
     """
+
+    def __init__(self, texts: TokenTexts, hidden: frozenset[int]) -> None:
+        self._texts, self._hidden = texts, hidden
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._offset = 0
+
+    def next(self, token_id: int) -> int:
+        """Where the next token begins."""
+        offset = self._offset
+        if token_id not in self._hidden:
+            raw = self._texts.utf8(token_id)
+            self._offset += len(self._texts.text(token_id) if raw is None else self._decode(bytes(raw)))
+        return offset
+
+
+def completion_logprobs(
+    texts: TokenTexts, token_ids: Sequence[int], places: Places, offsets: TextOffsets
+) -> dict[str, list[Any]]:
+    """``CompletionLogprobs`` of the next tokens of a text."""
     found: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
     for token_id, place in zip(token_ids, places, strict=True):
-        text = texts.text(token_id)
-        found["text_offset"].append(offset)
-        found["tokens"].append(text)
+        found["text_offset"].append(offsets.next(token_id))
+        found["tokens"].append(texts.text(token_id))
         found["token_logprobs"].append(None if place is None else _finite(place[token_id].logprob))
         found["top_logprobs"].append(None if place is None else _top(texts, place))
-        offset += 0 if token_id in hidden else len(text)
     return found
 
 
