@@ -1,18 +1,22 @@
 """Tiny engines for those that serve them: shared programs, failures on demand, a hand on their thread."""
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-from jaxpaged import Engine, EngineStats
+from jaxpaged import Engine, EngineStats, RequestOutput, RequestOutputKind
 from jaxpaged.serve.engine_thread import EngineThread
 from jaxpaged.serve.tickets import Item, Ticket
 from jaxpaged.step_plan import ScheduledStep
 from tests.engine.family import core_of
-from tests.engine.tiny import new_engine
+from tests.engine.tiny import GREEDY, new_engine, prompt_of
 from tests.serve.asynchronous import TIMEOUT, wait_until
+
+DELTA = GREEDY.clone(output_kind=RequestOutputKind.DELTA)
+LONG = DELTA.clone(max_tokens=110)
 
 
 class Broken(RuntimeError):
@@ -115,3 +119,49 @@ def held(thread: EngineThread) -> Iterator[None]:
     finally:
         goes_on.set()
     future.result(TIMEOUT)
+
+
+class Served:
+    """An engine's thread, and a mailbox that everything goes to."""
+
+    def __init__(self, engine: Engine | EngineThread | None = None, **arguments: Any) -> None:
+        self.inbox = Inbox()
+        self._names = itertools.count()
+        if isinstance(engine, EngineThread):
+            self.thread = engine
+        else:
+            self.thread = EngineThread(tiny() if engine is None else engine, **arguments)
+            self.thread.ready.result(TIMEOUT)
+
+    def ticket(self, params: Any = DELTA, *, name: str | None = None, prompt: Any = None) -> Ticket:
+        name = f"request-{next(self._names)}" if name is None else name
+        return Ticket(name, prompt_of(5) if prompt is None else prompt, params, {}, self.inbox)
+
+    def submit(self, params: Any = DELTA, **named: Any) -> Ticket:
+        ticket = self.ticket(params, **named)
+        self.thread.submit(ticket)
+        return ticket
+
+    def run(self, function: Callable[[Engine], Any]) -> Any:
+        return self.thread.call(function).result(TIMEOUT)
+
+    def tokens(self, ticket: Ticket) -> list[int]:
+        """Waits for the end of a DELTA request that is not to fail; its tokens."""
+        last = self.inbox.last(ticket)
+        assert isinstance(last, RequestOutput), last
+        assert last.error is None
+        return [token for item in self.inbox.of(ticket) for token in item.outputs[0].token_ids]
+
+    def assert_idle(self) -> None:
+        wait_until(lambda: not self.thread.num_unfinished)
+        assert_clean(self.run(check))
+        assert self.thread._tickets == {}
+
+    def close(self) -> None:
+        self.thread.close(TIMEOUT)
+        assert not self.thread.is_alive
+
+
+def reasons(output: RequestOutput) -> list[str | None]:
+    """Why each completion has ended."""
+    return [completion.finish_reason for completion in output.outputs]

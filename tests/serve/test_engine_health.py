@@ -1,5 +1,6 @@
 """An engine is given up when it fails alone, and not because of what somebody asks of it."""
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Iterator
@@ -48,13 +49,17 @@ def test_an_engine_whose_every_step_fails_is_given_up(engine: Engine, num_reques
     health = EngineHealth(engine)
     break_steps(engine, lambda step: True)
     numbers = itertools.count()
-    ended = 0
-    with pytest.raises(Broken):
-        for _ in range(100):
-            while len(engine.block_tables()) < num_requests and not health.is_in_doubt:
-                engine.add_request(f"request-{next(numbers)}", prompt_of(5), DELTA)
-            ended += sum(output.error is not None for output in health.step())
-    assert ended >= 3
+    num_struck = 0
+
+    def one_more_step() -> int:
+        while len(engine.block_tables()) < num_requests and not health.is_in_doubt:
+            engine.add_request(f"request-{next(numbers)}", prompt_of(5), DELTA)
+        return sum(output.error is not None for output in health.step())
+
+    with contextlib.suppress(Broken):
+        while num_struck < 1000:
+            num_struck += one_more_step()
+    assert 3 <= num_struck < 1000
 
 
 def test_what_fails_in_company_says_nothing_of_the_engine(engine: Engine) -> None:
