@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from jaxpaged import __version__
+from jaxpaged.serve.bench_serve.options import BenchServeOptions
 from jaxpaged.serve.commands import command
 from jaxpaged.serve.options import EngineOptions, SamplingOptions
 from jaxpaged.serve.server.options import ServerOptions
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench = typer.Typer(help="Measure the engine on a JSON workload.", no_args_is_help=True)
+bench = typer.Typer(help="Measure the engine, or a server, on a workload.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 WORKLOAD_HELP = (
@@ -151,3 +152,11 @@ def latency(
     from jaxpaged.serve.bench import run_bench
 
     run_bench("latency", file, workload, repeats, json, engine)
+
+
+@command(bench, "serve")
+def bench_serve(*, options: BenchServeOptions) -> None:
+    """Send a workload to any OpenAI-compatible server: what do its clients see?"""
+    from jaxpaged.serve.bench_serve.run import run_bench_serve
+
+    run_bench_serve(options)

@@ -67,8 +67,8 @@ def command(
         def run(**given: Any) -> None:
             diagnostics = _collect(Diagnostics, given)
             configure_logging(diagnostics)
-            arguments = {n: _collect(group, given) for n, group in groups.items()}
             try:
+                arguments = {n: _collect(group, given) for n, group in groups.items()}
                 function(**given, **arguments)
             except Exception as error:
                 if diagnostics.debug or isinstance(error, typer.Exit | typer.Abort):

@@ -23,13 +23,17 @@ def hardware() -> dict[str, Any]:
     devices = jax.local_devices()
     stats = devices[0].memory_stats() or {}
     return {
-        "cpu": _cpu_name(),
-        "cores": _num_cores(),
+        **host(),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "platform": devices[0].platform,
         "devices": [device.device_kind for device in devices],
         "device_memory_bytes": stats.get("bytes_limit"),
     }
+
+
+def host() -> dict[str, Any]:
+    """The processor and the cores this process may use; starts nothing."""
+    return {"cpu": _cpu_name(), "cores": _num_cores()}
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,19 @@
 """What to install when the command line's extra is missing; imports nothing that could be missing itself."""
 
-NEEDED = ("prompt_toolkit", "rich", "typer")
+NEEDED = (
+    "fastapi",
+    "httptools",
+    "msgspec",
+    "prometheus_client",
+    "prompt_toolkit",
+    "pydantic",
+    "rich",
+    "starlette",
+    "tensorboardX",
+    "typer",
+    "uvicorn",
+    "uvloop",
+)
 
 
 def missing_extra(error: BaseException) -> str | None:

@@ -112,7 +112,7 @@ def _client_environment() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    hardware = {"cpu": environment._cpu_name(), "cores": environment._num_cores()}
+    hardware = environment.host()
     return {"hardware": hardware, "versions": versions, "commit": environment.commit()}
 
 

@@ -23,7 +23,7 @@ from jaxpaged.serve.page.routes import page_routes, public_paths
 from jaxpaged.serve.server.chat_completions import chat_routes
 from jaxpaged.serve.server.completions import completion_routes
 from jaxpaged.serve.server.event_stream import with_short_way
-from jaxpaged.serve.server.failures import install_failure_handlers
+from jaxpaged.serve.server.failures import contain_failures, install_failure_handlers
 from jaxpaged.serve.server.guards.access import RequestSummary
 from jaxpaged.serve.server.guards.api_key import PUBLIC_PATHS, read_api_keys
 from jaxpaged.serve.server.guards.stack import GuardOptions, guard
@@ -84,7 +84,7 @@ def build_app(engine: AsyncEngine, options: ServerOptions, names: Sequence[str])
             metrics.disconnected()
         log.write(_entry(summary))
 
-    guarded = guard(app, _guard_options(options, public), on_end=on_end)
+    guarded = guard(contain_failures(app), _guard_options(options, public), on_end=on_end)
     return Application(with_short_way(guarded), app, service, metrics)
 
 

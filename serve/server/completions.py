@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jaxpaged import CompletionOutput, RequestOutput
+from jaxpaged.errors import InvalidRequestError
 from jaxpaged.outputs import Logprob
 from jaxpaged.serve.server.event_stream import answer_unless_client_leaves, event
 from jaxpaged.serve.server.failures import RequestFailure
@@ -72,6 +73,8 @@ async def _read_prompts(
     special = body.add_special_tokens is not False
     prompts = []
     for item in listed:
+        if not item:
+            raise InvalidRequestError("prompt", item, "must not be empty")
         ids = await service.encode(item, add_special_tokens=special) if isinstance(item, str) else item
         service.check_prompt_ids(ids)
         prompts.append(ids)

@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxpaged.errors import InvalidRequestError, PromptTooLongError, RequestTooLargeError
 from jaxpaged.serve.engine_errors import EngineUnavailableError, QueueFullError
@@ -94,6 +95,26 @@ def validation_failure(error: RequestValidationError) -> RequestFailure:
     name = ".".join(place) or "body"
     shown = f"={found['input']!r:.80}" if "input" in found and found["type"] != "missing" else ""
     return RequestFailure(400, f"{name}{shown}: {found['msg']}", param=name)
+
+
+def contain_failures(app: ASGIApp) -> ASGIApp:
+    """Keeps from the server what ``app`` raises after it has been answered: the server would reset the connection."""
+
+    async def contained(scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watching_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await app(scope, receive, watching_send)
+        except Exception:
+            if not started or scope["type"] != "http":
+                raise
+
+    return contained
 
 
 def install_failure_handlers(app: FastAPI, refused: Callable[[str], None]) -> None:

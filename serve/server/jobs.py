@@ -1,16 +1,20 @@
 """One HTTP request as requests to the engine: submitting them, what they cost, and how they may end."""
 
+import contextlib
+import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxpaged import CompletionOutput, RequestOutput, SamplingParams
 from jaxpaged.serve.async_engine import OutputStream
-from jaxpaged.serve.server.failures import RequestFailure
+from jaxpaged.serve.server.failures import RequestFailure, failure_of
 from jaxpaged.serve.server.protocol import SamplingRequest
 from jaxpaged.serve.server.responses import ChunkUsage, PromptTokensDetails, Usage
 from jaxpaged.serve.server.service import Service
+
+logger = logging.getLogger(__name__)
 
 # Finish reasons that OpenAI's API does not have: the request has failed.
 UNFINISHED = {
@@ -73,7 +77,8 @@ class Job:
         """Waits until the engine has something to say, for a while: what is wrong then has a status of its own."""
         stream = self.streams[0]
         if await stream.wait(self.service.options.keep_alive_interval):
-            stream.raise_error()
+            with self.failing():
+                stream.raise_error()
 
     async def results(self) -> list[RequestOutput]:
         """The one output of each prompt.
@@ -81,12 +86,25 @@ class Job:
         Raises:
           RequestFailure: one of them was not finished.
         """
-        outputs = [await anext(stream) for stream in self.streams]
+        with self.failing():
+            outputs = [await anext(stream) for stream in self.streams]
         for output in outputs:
             self.note(output)
             for completion in output.outputs:
                 self.check_end(completion)
         return outputs
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Turns whatever ends a request into the failure it is answered with, and logs what is not the client's."""
+        try:
+            yield
+        except Exception as error:
+            failure = failure_of(error)
+            self.details["error"] = failure.reason
+            if failure.status == 500:
+                logger.error("%s failed: %s: %s", self.id, type(error).__name__, error)
+            raise failure from error
 
     def note(self, output: RequestOutput) -> None:
         """Counts what an output brings."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxpaged import SamplingParams
+from jaxpaged.chat_template import ALLOWED_ARGUMENTS
 from jaxpaged.errors import InvalidRequestError, PromptTooLongError
 from jaxpaged.serve.async_engine import AsyncEngine
 from jaxpaged.serve.server.failures import RequestFailure
@@ -122,6 +123,10 @@ class Service:
         self, messages: Sequence[dict[str, Any]], arguments: dict[str, Any], *, add_generation_prompt: bool
     ) -> str:
         """The prompt of a conversation, by the chat template, in another thread."""
+        for name, value in arguments.items():
+            if name not in ALLOWED_ARGUMENTS:
+                reason = f"is not one of {', '.join(sorted(ALLOWED_ARGUMENTS))}"
+                raise InvalidRequestError(f"chat_template_kwargs.{name}", value, reason)
         return await asyncio.to_thread(
             self.tokenizer.apply_chat_template,
             messages,

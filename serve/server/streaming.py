@@ -7,7 +7,7 @@ from typing import Protocol
 from jaxpaged import RequestOutput
 from jaxpaged.serve.async_engine import OutputStream
 from jaxpaged.serve.server.event_stream import DONE, KEEP_ALIVE, EventStream, Write, event
-from jaxpaged.serve.server.failures import failure_of
+from jaxpaged.serve.server.failures import RequestFailure
 from jaxpaged.serve.server.jobs import Job
 
 
@@ -29,16 +29,15 @@ def event_stream(job: Job, chunks: Chunks) -> EventStream:
 
     async def produce(write: Write) -> None:
         try:
-            if len(job.streams) == 1:
-                await _pump(job, 0, job.streams[0], chunks, write)
-            else:
-                pumps = (_pump(job, i, stream, chunks, write) for i, stream in enumerate(job.streams))
-                await _all_or_none([asyncio.create_task(pump) for pump in pumps])
+            with job.failing():
+                if len(job.streams) == 1:
+                    await _pump(job, 0, job.streams[0], chunks, write)
+                else:
+                    pumps = (_pump(job, i, stream, chunks, write) for i, stream in enumerate(job.streams))
+                    await _all_or_none([asyncio.create_task(pump) for pump in pumps])
             if job.body.stream_options is not None and job.body.stream_options.include_usage:
                 await write(chunks.usage())
-        except Exception as error:
-            failure = failure_of(error)
-            job.details["error"] = failure.reason
+        except RequestFailure as failure:
             await write(event(failure.body()))
         finally:
             job.close()
