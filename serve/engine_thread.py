@@ -368,7 +368,9 @@ class EngineThread:
                 raise self._dead()
             future.set_result(function(self.engine))
         except BaseException as error:  # it is the caller's, be it SystemExit
-            future.set_exception(error)
+            # An asyncio future cannot hold it: whoever awaits would wait for ever.
+            is_stop = isinstance(error, StopIteration)
+            future.set_exception(RuntimeError("the function raised StopIteration") if is_stop else error)
 
     def _tell_idle(self) -> None:
         for future in self._waiting_for_idle:
