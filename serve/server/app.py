@@ -67,7 +67,6 @@ def build_app(engine: AsyncEngine, options: ServerOptions, names: Sequence[str])
         responses=COMMON_RESPONSES,
         lifespan=lambda _: _watch(engine, options, metrics, log),
     )
-    app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
     install_failure_handlers(app, metrics.refused)
     app.include_router(completion_routes(service))
     app.include_router(chat_routes(service))
@@ -84,7 +83,9 @@ def build_app(engine: AsyncEngine, options: ServerOptions, names: Sequence[str])
             metrics.disconnected()
         log.write(_entry(summary))
 
-    guarded = guard(contain_failures(app), _guard_options(options, public), on_end=on_end)
+    guards = _guard_options(options, public)
+    app.openapi = lambda: _schema(app, guards)  # type: ignore[method-assign]
+    guarded = guard(contain_failures(app), guards, on_end=on_end)
     return Application(with_short_way(guarded), app, service, metrics)
 
 
@@ -119,13 +120,20 @@ def _entry(summary: RequestSummary) -> AccessEntry:
     )
 
 
-def _schema(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI schema: a body that does not fit is answered with 400, as OpenAI does, not FastAPI's 422."""
+def _schema(app: FastAPI, guards: GuardOptions) -> dict[str, Any]:
+    """The OpenAPI schema: a body that does not fit is answered with 400, as OpenAI does, not FastAPI's 422.
+
+    It says which routes need a key, where there are keys.
+    """
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        for operations in schema["paths"].values():
+        if guards.api_keys:
+            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, operations in schema["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
+                if guards.api_keys and path not in guards.public_paths:
+                    operation["security"] = [{"key": []}]
         for name in ("HTTPValidationError", "ValidationError"):
             schema["components"]["schemas"].pop(name, None)
         app.openapi_schema = schema

@@ -15,6 +15,8 @@ from jaxpaged.serve.server.options import ServerOptions
 from jaxpaged.serve.server.token_texts import TokenTexts
 from jaxpaged.tokenizer import Tokenizer
 
+# OpenAI's words, by which clients tell this error from others and shorten their prompt.
+CONTEXT_LENGTH = "this model's maximum context length is %d tokens"
 # A text of so many characters is tokenised in another thread: it takes longer than a few hundred microseconds.
 MAX_CHARS_IN_LOOP = 4096
 # No token is longer than so many characters in practice; a text far beyond is refused before it is tokenised.
@@ -94,11 +96,10 @@ class Service:
         limit = self.engine.config.max_model_len
         allowed = self.options.max_prompt_tokens
         if allowed is not None and len(ids) > allowed:
-            raise PromptTooLongError(
-                "prompt", f"{len(ids)} tokens", f"must have at most {allowed} on this server"
-            )
+            reason = f"{CONTEXT_LENGTH % allowed} on this server"
+            raise PromptTooLongError("prompt", f"{len(ids)} tokens", reason)
         if len(ids) >= limit:
-            reason = f"leaves no room for an output token: max_model_len={limit}"
+            reason = f"{CONTEXT_LENGTH % limit}, at least one of them for the output"
             raise PromptTooLongError("prompt", f"{len(ids)} tokens", reason)
         if not ids:
             raise InvalidRequestError("prompt", "", "must have at least one token")
@@ -110,11 +111,10 @@ class Service:
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; a long one is tokenised in another thread."""
-        tokenizer, limit = self.tokenizer, self.engine.config.max_model_len * MAX_CHARS_PER_TOKEN
-        if len(text) > limit:
-            raise PromptTooLongError(
-                "prompt", f"{len(text)} characters", "are more than could fit max_model_len"
-            )
+        tokenizer, limit = self.tokenizer, self.engine.config.max_model_len
+        if len(text) > limit * MAX_CHARS_PER_TOKEN:
+            reason = f"{CONTEXT_LENGTH % limit}, which cannot hold so many"
+            raise PromptTooLongError("prompt", f"{len(text)} characters", reason)
         if len(text) <= MAX_CHARS_IN_LOOP:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
