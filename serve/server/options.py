@@ -78,7 +78,7 @@ class ServerOptions:
     tensorboard: Annotated[Path | None, _option(WATCH, help="Folder for TensorBoard's event files.")] = None
     attention_probe: Annotated[
         float, _option(WATCH, help="Time the attention kernel alone every so many seconds; 0 is off.")
-    ] = 0.0
+    ] = 30.0
 
     def __post_init__(self) -> None:
         for name, low in (("max_queue_length", 0), ("max_body_bytes", 1), ("max_prompts", 1), ("max_n", 1)):

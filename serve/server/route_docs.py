@@ -21,8 +21,11 @@ COMMON_RESPONSES = _errors(
     s405="Not with this method.",
     s408="The body did not arrive in time.",
     s413="The body is too large.",
+    s414="The URL is too long.",
     s415="The body is not JSON.",
+    s431="The headers are too large.",
     s500="A failure inside.",
+    s501="A transfer encoding other than chunked.",
     s503="Starting, shutting down or dead; Retry-After says when to ask again.",
 )
 GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = {

@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import gc
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -32,6 +34,9 @@ BACKLOG = 2048
 SWITCH_INTERVAL = 0.0005
 # Connections end by themselves once their answers have been sent; after so many seconds they are closed.
 CLOSE_TIMEOUT = 5
+# Longer than clients keep a connection in their pools, so that they do not send on one that is just being closed.
+KEEP_ALIVE_TIMEOUT = 75
+MAX_OPEN_FILES = 65536
 # Signals so close to each other are one: a shell's Ctrl-C and ``timeout`` reach a process by two ways.
 SAME_SIGNAL_SECONDS = 0.5
 
@@ -44,6 +49,7 @@ def run_serve(options: ServerOptions, engine_options: EngineOptions) -> None:
       EngineDeadError: the engine could not be started, or failed for good.
     """
     sock = listening_socket(options.host, options.port)
+    allow_open_files()
     engine = AsyncEngine(engine_maker(options, engine_options), max_queue_length=options.max_queue_length)
     try:
         sys.setswitchinterval(SWITCH_INTERVAL)
@@ -58,6 +64,14 @@ def run_serve(options: ServerOptions, engine_options: EngineOptions) -> None:
     finally:
         sock.close()
         asyncio.run(engine.close())
+
+
+def allow_open_files() -> None:
+    """Lets the process have as many connections as the system allows it: the usual limit is 1024 open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def served_names(options: ServerOptions, engine_options: EngineOptions) -> list[str]:
@@ -91,6 +105,8 @@ def engine_maker(
                         StartProgress("compiling", done, total, time.monotonic() - begun)
                     )
                 )
+            if options.attention_probe:
+                engine.measure_attention()  # compiles its program, which would stop requests later
         except BaseException:
             engine.close()
             raise
@@ -141,6 +157,7 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_TIMEOUT,
             timeout_graceful_shutdown=CLOSE_TIMEOUT,
         )
         super().__init__(config)
