@@ -184,6 +184,9 @@ class Server(uvicorn.Server):
                 self.failure = cause if isinstance(cause, Exception) else error
             self.should_exit = True
         else:
+            # What lives as long as the process need not be looked through again and again.
+            gc.collect()
+            gc.freeze()
             stderr().print(
                 f"ready after {self._engine.progress.seconds:.1f} s", markup=False, highlight=False
             )
