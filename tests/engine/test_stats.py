@@ -378,6 +378,16 @@ def test_a_failed_step_leaves_a_record(swapping: Engine, monkeypatch: pytest.Mon
         engine.check_invariants()
 
 
+def test_blocks_and_requests_as_they_are_now(engine: Engine) -> None:
+    submit(engine, 2, 9, GREEDY)
+    trace = engine.trace_blocks(2)
+    engine.step()
+    assert engine.block_states() == trace.samples[-1]
+    assert {r.request_id: [r.table.ids] for r in engine.live_requests()} == engine.block_tables()
+    engine.stop_tracing()
+    drain(engine)
+
+
 def test_a_snapshot_stays_as_it_is(engine: Engine) -> None:
     engine.generate(prompt_of(9), GREEDY)
     first, again = engine.stats(), engine.stats()

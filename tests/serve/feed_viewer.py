@@ -1,14 +1,23 @@
-"""What a page makes of the events of the block feed: the state that they add up to."""
+"""What a page makes of the events of the block feed, and an engine without work behind it that they tell of."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import pytest
+
+from jaxpaged import Engine
+from jaxpaged.records import IterationRecord
+from jaxpaged.serve.engine_errors import EngineDeadError
+from jaxpaged.serve.engine_thread import EngineState, StartProgress
+from jaxpaged.serve.page.block_feed import BlockFeed
 from jaxpaged.serve.page.changes import STEP_FIELDS
 from jaxpaged.serve.page.snapshot import MAX_STEPS, Snapshot
 
 DEADLINE = 30.0
+FAST: dict[str, Any] = {"max_share": 1.0, "min_interval": 0.001}
 
 
 class Viewed:
@@ -99,3 +108,67 @@ class Viewed:
 async def next_chunk(stream: AsyncIterator[bytes]) -> bytes:
     """The next piece of a stream; fails the test if none comes."""
     return await asyncio.wait_for(anext(stream), DEADLINE)
+
+
+def run(main: Callable[[], Any]) -> None:
+    asyncio.run(asyncio.wait_for(main(), 2 * DEADLINE))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        await asyncio.sleep(0.002)
+
+
+class FakeEngine:
+    """As much of an AsyncEngine as the feed uses, and no work behind it."""
+
+    def __init__(self, engine: Engine | None = None) -> None:
+        self.state = EngineState.READY
+        self.progress = StartProgress("compiling", 2, 7)
+        self.num_unfinished = 0
+        self.num_calls = 0
+        self.engine = engine
+        self.listener: Any = None
+        self.delay = 0.0
+
+    def add_listener(self, listener: Any) -> None:
+        self.listener = listener
+
+    def step(self, count: int = 1) -> None:
+        for _ in range(count):
+            number = self.listener.num_steps + 1
+            self.listener.stepped(IterationRecord(number, time.monotonic(), num_generation_tokens=1))
+
+    async def run(self, function: Callable[[Any], Any]) -> Any:
+        self.num_calls += 1
+        if self.state not in (EngineState.READY, EngineState.DRAINING):
+            raise EngineDeadError("gone")
+        if self.delay:
+            burn(self.delay)
+        return function(self)
+
+    def block_states(self) -> bytes:
+        return bytes([6, *[2] * 9])
+
+    def live_requests(self) -> list[Any]:
+        return []
+
+
+def burn(seconds: float) -> None:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    monkeypatch.setattr("jaxpaged.serve.page.snapshot._sizes", lambda _, count: {"num_blocks": count})
+    monkeypatch.setattr("jaxpaged.serve.page.snapshot._counters", lambda _: {})
+    return FakeEngine()
+
+
+def feed_of(fake: FakeEngine, **arguments: Any) -> BlockFeed:
+    engine: Any = fake
+    return BlockFeed(engine, **{**FAST, **arguments})

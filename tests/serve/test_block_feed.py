@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,31 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpaged import Engine, RequestOutputKind, SamplingParams
+from jaxpaged import RequestOutputKind, SamplingParams
 from jaxpaged.records import IterationRecord
 from jaxpaged.serve.async_engine import AsyncEngine
-from jaxpaged.serve.engine_errors import EngineDeadError
 from jaxpaged.serve.engine_thread import EngineState, StartProgress
 from jaxpaged.serve.page import block_feed
 from jaxpaged.serve.page.block_feed import KEEP_ALIVE, BlockFeed, TooManyViewersError, Viewer
 from jaxpaged.serve.page.changes import block_runs, changes, id_runs, table_change
 from jaxpaged.serve.page.snapshot import MAX_SECONDS, MAX_STEPS, Observer, RequestView, Second, Snapshot
 from tests.engine.tiny import GREEDY, new_engine, prompt_of
-from tests.serve.feed_viewer import DEADLINE, Viewed, next_chunk
+from tests.serve.feed_viewer import FAST, FakeEngine, Viewed, burn, fake, feed_of, next_chunk, run
 
-FAST: dict[str, Any] = {"max_share": 1.0, "min_interval": 0.001}
-
-
-def run(main: Callable[[], Any]) -> None:
-    asyncio.run(asyncio.wait_for(main(), 2 * DEADLINE))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        await asyncio.sleep(0.002)
-
+__all__ = ["fake"]
 
 # What changed between two snapshots.
 
@@ -230,59 +217,6 @@ def test_events_hold_no_text_and_no_tokens() -> None:
             assert ",".join(map(str, ids)).encode() not in wire
 
     run(main)
-
-
-class FakeEngine:
-    """As much of an AsyncEngine as the feed uses, and no work behind it."""
-
-    def __init__(self, engine: Engine | None = None) -> None:
-        self.state = EngineState.READY
-        self.progress = StartProgress("compiling", 2, 7)
-        self.num_unfinished = 0
-        self.num_calls = 0
-        self.engine = engine
-        self.listener: Any = None
-        self.delay = 0.0
-
-    def add_listener(self, listener: Any) -> None:
-        self.listener = listener
-
-    def step(self, count: int = 1) -> None:
-        for _ in range(count):
-            number = self.listener.num_steps + 1
-            self.listener.stepped(IterationRecord(number, time.monotonic(), num_generation_tokens=1))
-
-    async def run(self, function: Callable[[Any], Any]) -> Any:
-        self.num_calls += 1
-        if self.state not in (EngineState.READY, EngineState.DRAINING):
-            raise EngineDeadError("gone")
-        if self.delay:
-            burn(self.delay)
-        return function(self)
-
-    def block_states(self) -> bytes:
-        return bytes([6, *[2] * 9])
-
-    def live_requests(self) -> list[Any]:
-        return []
-
-
-def burn(seconds: float) -> None:
-    end = time.thread_time() + seconds
-    while time.thread_time() < end:
-        pass
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
-    monkeypatch.setattr("jaxpaged.serve.page.snapshot._sizes", lambda _, count: {"num_blocks": count})
-    monkeypatch.setattr("jaxpaged.serve.page.snapshot._counters", lambda _: {})
-    return FakeEngine()
-
-
-def feed_of(fake: FakeEngine, **arguments: Any) -> BlockFeed:
-    engine: Any = fake
-    return BlockFeed(engine, **{**FAST, **arguments})
 
 
 def test_nothing_is_done_while_nobody_watches_and_nothing_happens(fake: FakeEngine) -> None:

@@ -1,19 +1,19 @@
 // The map of the KV pool: a canvas for the blocks, of which only what changed is drawn, and one above it for light.
 
-import { drawCell, readColours, requestColour } from "./cells.js";
-import { FREE } from "./pool.js";
+import { drawCell, fillCell, readColours, requestColour } from "./cells.js";
+import { CACHED, FREE, OWNED } from "./pool.js";
 
 const LARGEST_CELL = 40; // CSS pixels
 const GUTTER = 46; // CSS pixels at the left for block ids
 const LABEL_HEIGHT = 14;
-const FLASH_MILLISECONDS = 900;
+const FLASH_MILLISECONDS = 700;
 const FRAME_MILLISECONDS = 30;
 const MOST_FLASHES = 1500; // more at once are no news but noise
 
 export class BlockMap {
   lit = new Set(); // blocks that stand out
   cursor = -1; // the block that is pointed at
-  byRequest = false;
+  byRequest = true;
   numDrawn = 0; // cells drawn so far, for tests
 
   #pool;
@@ -23,7 +23,7 @@ export class BlockMap {
   #colours = readColours();
   #grid = null;
   #dirty = new Set();
-  #flashes = new Map(); // block to when it changed
+  #flashes = new Map(); // block to when it changed, and what it was
   #shown = new Uint8Array(0); // the states that are drawn
   #all = true;
   #lightChanged = true;
@@ -59,7 +59,7 @@ export class BlockMap {
     for (const block of blocks) {
       this.#dirty.add(block);
       if (this.#shown[block] !== this.#pool.states[block] && !this.#calm.matches && blocks.size < MOST_FLASHES) {
-        this.#flashes.set(block, now);
+        this.#flashes.set(block, { since: now, colour: this.#flashColour(block) });
       }
     }
     if (blocks.size) this.#schedule();
@@ -133,17 +133,16 @@ export class BlockMap {
     const left = Math.round((this.#box.clientWidth < 420 ? GUTTER - 8 : GUTTER) * ratio);
     const count = Math.max(1, this.#pool.numBlocks);
     const room = Math.max(8, width - left);
-    for (let step = Math.round(LARGEST_CELL * ratio); step >= 1; step -= 1) {
-      const fit = Math.floor(room / step);
-      for (const columns of fit >= 16 ? [fit - (fit % 8), fit] : [fit]) {
-        if ((columns > 0 && Math.ceil(count / columns) * step <= height) || (step === 1 && columns === fit)) {
-          const gap = step >= 12 * ratio ? Math.round(2 * ratio) : step >= 4 ? Math.round(ratio) : step >= 3 ? 1 : 0;
-          const stepX = Math.min(Math.floor(room / columns), Math.round(step * 1.4));
-          return { ratio, width, height, left, columns, stepX, stepY: step, gap: Math.min(gap, step - 1) };
-        }
-      }
-    }
-    return null;
+    const largest = Math.round(LARGEST_CELL * ratio);
+    const any = fitting(count, room, height, largest, 1);
+    const even = fitting(count, room, height, largest, 8);
+    // Rows of eight, sixteen, ... blocks are easier to read off, and worth slightly smaller cells.
+    const { step, columns } = even.step >= 0.8 * any.step ? even : any;
+    const gap = step >= 12 * ratio ? Math.round(2 * ratio) : step >= 4 ? Math.round(ratio) : step >= 3 ? 1 : 0;
+    const stepX = Math.max(step, Math.min(Math.floor(room / columns), Math.round(step * 1.45)));
+    const rows = Math.ceil(count / columns);
+    const stepY = Math.max(step, Math.min(Math.floor(height / rows), Math.round(stepX * 1.25)));
+    return { ratio, width, height, left, columns, stepX, stepY, gap: Math.min(gap, step - 1) };
   }
 
   #cell(block) {
@@ -199,17 +198,24 @@ export class BlockMap {
     drawCell(context, this.#colours, cell, state, pool.heads.get(block), this.byRequest ? pool.owner[block] : 0);
     this.#shown[block] = state;
     this.numDrawn += 1;
-    const since = this.#flashes.get(block);
-    if (since === undefined) return;
-    const age = (now - since) / FLASH_MILLISECONDS;
+    const flash = this.#flashes.get(block);
+    if (flash === undefined) return;
+    const age = (now - flash.since) / FLASH_MILLISECONDS;
     if (age >= 1) {
       this.#flashes.delete(block);
       return;
     }
-    context.globalAlpha = (state === FREE ? 0.25 : 0.6) * (1 - age) ** 2;
-    context.fillStyle = this.#colours.flash;
-    context.fillRect(cell.x, cell.y, cell.width, cell.height);
+    context.globalAlpha = 0.65 * (1 - age) ** 2;
+    context.fillStyle = flash.colour;
+    fillCell(context, cell);
     context.globalAlpha = 1;
+  }
+
+  /** A block that was taken lights up, one that was given back fades from what it was. */
+  #flashColour(block) {
+    const [was, is] = [this.#shown[block], this.#pool.states[block]];
+    if (is !== FREE && is !== CACHED) return this.#colours.flash;
+    return was === OWNED && this.byRequest ? this.colourOf(this.#pool.owner[block]) : this.#colours.states[was];
   }
 
   #drawLight() {
@@ -243,4 +249,14 @@ export class BlockMap {
   colourOf(number) {
     return requestColour(this.#colours, number);
   }
+}
+
+/** The largest square cells with which so many fit, in rows of a multiple of `unit`. */
+function fitting(count, room, height, largest, unit) {
+  for (let step = largest; step > 1; step -= 1) {
+    const most = Math.floor(room / step);
+    const columns = most - (most % unit);
+    if (columns > 0 && Math.ceil(count / columns) * step <= height) return { step, columns };
+  }
+  return { step: 1, columns: Math.max(1, room) };
 }

@@ -4,7 +4,10 @@ import { CACHED, DUMMY, FREE, OWNED, PINNED, SHARED, STATE_NAMES, SWAPPING } fro
 
 const ROUND_FROM = 9; // device pixels from which corners are rounded, ...
 const DETAIL_FROM = 8; // ... and marks are drawn
-const GOLDEN_ANGLE = 137.508;
+// Hues of requests: a golden part of the circle apart, which but for its orange end, the colour of shared blocks, is theirs.
+const FIRST_HUE = 110;
+const HUES = 300;
+const GOLDEN_PART = 0.381966;
 
 /** Colours of the style sheet, read again when the scheme changes. */
 export function readColours() {
@@ -26,7 +29,8 @@ export function readColours() {
 
 /** A colour of a request's own; neighbours in time are far apart in hue. */
 export function requestColour(colours, number) {
-  return `oklch(${colours.lightness} ${colours.chroma} ${((number * GOLDEN_ANGLE) % 360).toFixed(1)})`;
+  const hue = (FIRST_HUE + ((number * GOLDEN_PART) % 1) * HUES) % 360;
+  return `oklch(${colours.lightness} ${colours.chroma} ${hue.toFixed(1)})`;
 }
 
 /** Draws a block into the rectangle; `share` of it is full, or undefined for one that is not being filled. */
@@ -39,6 +43,10 @@ export function drawCell(context, colours, { x, y, width, height }, state, share
     shape(context, x, y, width, height, size);
   } else if (state === CACHED && detailed) {
     hollow(context, x, y, width, height, size, colour);
+  } else if (state === CACHED) {
+    context.globalAlpha = 0.5;
+    shape(context, x, y, width, height, size);
+    context.globalAlpha = 1;
   } else if (state === DUMMY) {
     cross(context, x, y, width, height, colour);
   } else if (state === OWNED && share !== undefined) {
@@ -55,6 +63,11 @@ export function drawCell(context, colours, { x, y, width, height }, state, share
     shape(context, x, y, width, height, size);
     if (detailed) mark(context, colours, x, y, width, height, size, state);
   }
+}
+
+/** Fills the shape of a cell with what the fill style is. */
+export function fillCell(context, { x, y, width, height }) {
+  shape(context, x, y, width, height, Math.min(width, height));
 }
 
 function shape(context, x, y, width, height, size) {

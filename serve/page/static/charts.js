@@ -2,6 +2,7 @@
 
 const BAR_SLOTS = 200;
 const SPARK_SECONDS = 120;
+const GUTTER = 46; // CSS pixels at the left for the scale
 
 /** Fits a canvas to its box; returns its context and sizes in device pixels. */
 function fit(canvas) {
@@ -42,8 +43,8 @@ export class StepChart {
   }
 
   #point(x) {
-    const slot = Math.floor((x / this.#canvas.clientWidth) * BAR_SLOTS);
-    this.#pointed = x < 0 ? -1 : slot - (BAR_SLOTS - this.#steps.length);
+    const slot = Math.floor(((x - GUTTER) / (this.#canvas.clientWidth - GUTTER)) * BAR_SLOTS);
+    this.#pointed = x < GUTTER ? -1 : slot - (BAR_SLOTS - this.#steps.length);
     this.#describe(this.#steps[this.#pointed] ?? null);
     this.show(this.#steps);
   }
@@ -57,19 +58,22 @@ export class StepChart {
     // A square root: a step of one decoded token is still seen beside one that is full of prompts.
     const scale = (height - ratio) / Math.sqrt(most);
     context.font = `${Math.round(10 * ratio)}px ui-monospace, "JetBrains Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace`;
-    context.textBaseline = "top";
+    context.textAlign = "right";
+    context.textBaseline = "middle";
+    const start = GUTTER * ratio;
     for (const level of levels(most)) {
       const y = Math.round(height - scale * Math.sqrt(level));
       context.fillStyle = colour("line");
-      context.fillRect(0, y, width, 1);
+      context.fillRect(start, y, width - start, 1);
       context.fillStyle = faint;
-      context.fillText(String(level), 0, y + 2 * ratio);
+      context.fillText(String(level), start - 9 * ratio, Math.max(y, 6 * ratio));
     }
-    const gap = width / BAR_SLOTS >= 3 * ratio ? ratio : 0;
+    const slotWidth = (width - start) / BAR_SLOTS;
+    const gap = slotWidth >= 3 * ratio ? ratio : 0;
     this.#steps.forEach((step, at) => {
       const slot = BAR_SLOTS - this.#steps.length + at;
-      const left = Math.round((slot * width) / BAR_SLOTS);
-      const right = Math.round(((slot + 1) * width) / BAR_SLOTS) - gap;
+      const left = Math.round(start + slot * slotWidth);
+      const right = Math.round(start + (slot + 1) * slotWidth) - gap;
       const bucket = bucketOf(step);
       const full = scale * Math.sqrt(bucket);
       let below = 0;

@@ -136,6 +136,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
 });
 byId("by-request").addEventListener("change", (event) => {
   map.byRequest = event.target.checked;
+  document.body.dataset.colours = map.byRequest ? "request" : "state";
   map.redraw();
   requests.show();
 });

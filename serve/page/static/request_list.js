@@ -90,7 +90,7 @@ class RequestRow {
     const whole = Math.max(1, request.prompt + request.sampled);
     this.box.dataset.state = state;
     setText(this.tokens, `${request.prompt} + ${request.sampled}`);
-    setText(this.blocks, `${held} ${held === 1 ? "block" : "blocks"}`);
+    setText(this.blocks, state === "running" ? `${held} ${held === 1 ? "block" : "blocks"}` : state);
     const computed = Math.min(request.computed, request.prompt);
     this.prompt.style.width = `${(100 * computed) / whole}%`;
     this.output.style.width = `${(100 * request.sampled) / whole}%`;
