@@ -150,11 +150,11 @@ class Responses:
                 unread.num_waiting += 1
             try:
                 self._wait_for_each(found, deadline)
+                return [self._take(unread) for unread in found]
             finally:
                 for unread in found:
                     unread.num_waiting -= 1
                 self._drop_oldest()
-            return [self._take(unread) for unread in found]
 
     def _wait_for_each(self, found: list[_Unread], deadline: float | None) -> None:
         for unread in found:
