@@ -1,4 +1,4 @@
-"""The guide to memory can be trusted: its code runs."""
+"""The guides can be trusted: their code runs."""
 
 import re
 
@@ -9,13 +9,17 @@ from tests.support.repository import ROOT
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_code_of_the_memory_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("guide", "count", "shown"), [("memory", 5, ("trunk", "branch")), ("serving", 2, ("tokens", "steps"))]
+)
+def test_the_code_of_a_guide_runs(
+    capsys: pytest.CaptureFixture[str], guide: str, count: int, shown: tuple[str, ...]
+) -> None:
+    text = (ROOT / "docs" / f"{guide}.md").read_text(encoding="utf-8")
     snippets = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert len(snippets) >= 5
+    assert len(snippets) >= count
     names: dict[str, object] = {}
     for number, snippet in enumerate(snippets):
-        exec(compile(snippet, f"docs/memory.md, snippet {number}", "exec"), names)
-    shown = capsys.readouterr().out
-    assert "trunk" in shown
-    assert "branch" in shown
+        exec(compile(snippet, f"docs/{guide}.md, snippet {number}", "exec"), names)
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in shown)
