@@ -38,7 +38,7 @@ def chat_routes(service: Service) -> APIRouter:
     )
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answers a conversation, written as a prompt by the chat template; streams with stream=true."""
-        refuse_unsupported(body)
+        refuse_unsupported(body, service.options)
         params = chat_params(body)
         job = new_job(service, body, params, "chatcmpl", request.scope["state"])
         service.engine.check_available()

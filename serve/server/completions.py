@@ -37,7 +37,7 @@ def completion_routes(service: Service) -> APIRouter:
     @router.post("/v1/completions", response_model=CompletionResponse, responses=GENERATION_RESPONSES)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Completes prompts, all of them together; streams with stream=true."""
-        refuse_unsupported(body)
+        refuse_unsupported(body, service.options)
         params = completion_params(body)
         job = new_job(service, body, params, "cmpl", request.scope["state"])
         service.engine.check_available()

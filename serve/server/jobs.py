@@ -54,6 +54,9 @@ class Job:
           EngineUnavailableError: there is no engine to take them.
         """
         engine, options = self.service.engine, self.service.options
+        salt = self.body.cache_salt
+        if tenant and not options.share_prefixes:
+            salt = f"{tenant}/{salt or ''}"  # what others have asked before cannot be told from how long one waits
         engine.check_available(len(prompts) * self.params.num_completions)
         self.prompts = prompts
         for number, ids in enumerate(prompts):
@@ -64,7 +67,7 @@ class Job:
                     # Not the id alone: a client may choose it, and choose it twice.
                     request_id=f"{self.id}-{number}-{secrets.token_hex(4)}",
                     priority=self.body.priority,
-                    cache_salt=self.body.cache_salt,
+                    cache_salt=salt,
                     tenant=tenant,
                     deadline=options.request_timeout,
                     max_queue_time=options.max_queue_time,

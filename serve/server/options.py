@@ -42,6 +42,18 @@ class ServerOptions:
         _option(SERVER, help="Name by which a server at localhost may be called; repeatable."),
     ] = None
     page: Annotated[bool, _option(SERVER, "--page/--no-page", help="The page at /.")] = True
+    share_prefixes: Annotated[
+        bool,
+        _option(SERVER, "--share-prefixes", help="Let requests of different API keys share cached prefixes."),
+    ] = False
+    trust_priority: Annotated[
+        bool,
+        _option(
+            SERVER,
+            "--trust-priority",
+            help="Let clients go before others by a negative priority; else they can only step back.",
+        ),
+    ] = False
     drain_timeout: Annotated[
         float, _option(SERVER, help="On SIGTERM, seconds in which requests may still end.")
     ] = 30.0

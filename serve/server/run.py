@@ -80,7 +80,7 @@ def served_names(options: ServerOptions, engine_options: EngineOptions) -> list[
         return list(options.served_model_name)
     if engine_options.model is None:
         return ["embedded"]
-    return [str(engine_options.model), engine_options.model.resolve().name]
+    return [engine_options.model.resolve().name]
 
 
 def engine_maker(

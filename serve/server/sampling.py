@@ -4,11 +4,16 @@ from typing import Any
 
 from jaxpaged import RequestOutputKind, SamplingParams
 from jaxpaged.serve.server.failures import RequestFailure
+from jaxpaged.serve.server.options import ServerOptions
 from jaxpaged.serve.server.protocol import ChatCompletionRequest, CompletionRequest, SamplingRequest
 
 
-def refuse_unsupported(body: SamplingRequest) -> None:
-    """Raises RequestFailure for a field that asks for what is not there."""
+def refuse_unsupported(body: SamplingRequest, options: ServerOptions) -> None:
+    """Raises RequestFailure for a field that asks for what is not there, or not for everybody."""
+    if body.priority < 0 and not options.trust_priority:
+        raise RequestFailure(
+            400, f"priority={body.priority}: must be at least 0 on this server", param="priority"
+        )
     for name, harmless in body.REFUSED.items():
         value = getattr(body, name)
         if value not in harmless:

@@ -78,6 +78,7 @@ WRONG = [
     ({"prompt": "a", "response_format": {"type": "json_object"}}, "response_format"),
     ({"prompt": "a", "stream": True, "stream_options": {"x": 1}}, "stream_options"),
     ({"prompt": "a", "priority": 2**40}, "priority"),
+    ({"prompt": "a", "priority": -1}, "priority"),
     ({"prompt": "a", "cache_salt": "x" * 1000}, "cache_salt"),
     ({"prompt": "a", "cache_salt": SURROGATE}, "cache_salt"),
     ({"prompt": "a", "request_id": "a b"}, "request_id"),
@@ -197,6 +198,21 @@ def test_keys(limited: LiveServer) -> None:
         headers = {"Authorization": f"Bearer {key}".encode()}
         assert client.post(COMPLETIONS, json=body, headers=headers).status_code == 200
     limited.settle()
+
+
+def test_keys_share_no_cached_prefix(limited: LiveServer) -> None:
+    """How soon an answer begins must not tell what somebody else has asked."""
+
+    def cached(key: str, **fields: Any) -> int:
+        body = {"prompt": [7] * 9, "max_tokens": 1, **fields}
+        headers = {"Authorization": f"Bearer {key}".encode()}
+        response = limited.client.post(COMPLETIONS, json=body, headers=headers)
+        found: int = response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return found
+
+    assert [cached("sk-one"), cached("sk-one")] == [0, 8]
+    assert [cached("schlüssel"), cached("schlüssel")] == [0, 8]
+    assert cached("schlüssel", cache_salt="key-1/") == 0
 
 
 def test_limits_of_a_server(limited: LiveServer) -> None:

@@ -38,6 +38,8 @@ class ApiKey:
     ``/`` itself. A CORS preflight, which cannot carry a key, passes too. What is compared are hashes of equal
     length, in constant time, and always with all keys: neither the time nor its length tells how close a guess was.
 
+    With several keys ``scope["state"]["tenant"]`` says which it was, by its place: "key-1", "key-2", ...
+
     Raises:
         ValueError: no key, or one that is empty or has characters that no header can carry. No message shows a key.
     """
@@ -46,7 +48,11 @@ class ApiKey:
         self, app: ASGIApp, keys: Iterable[str], *, public_paths: Iterable[str] = PUBLIC_PATHS
     ) -> None:
         self.app = app
-        self._digests = [digest for key in keys for digest in _digests(key)]
+        listed = list(keys)
+        tenants = [f"key-{place}" if len(listed) > 1 else "" for place in range(1, len(listed) + 1)]
+        self._digests = [
+            (digest, tenant) for key, tenant in zip(listed, tenants, strict=True) for digest in _digests(key)
+        ]
         if not self._digests:
             raise ValueError("api_key: there has to be at least one")
         paths = list(public_paths)
@@ -84,9 +90,12 @@ class ApiKey:
             return False
         scheme, _, key = values[0].partition(b" ")
         given = sha256(key.strip()).digest()
-        known = False
-        for digest in self._digests:  # no early end
-            known |= hmac.compare_digest(given, digest)
+        known, found = False, ""
+        for digest, tenant in self._digests:  # no early end
+            same = hmac.compare_digest(given, digest)
+            known |= same
+            found = tenant if same else found
+        scope.setdefault("state", {})["tenant"] = found
         return known and scheme.lower() == b"bearer"
 
 
