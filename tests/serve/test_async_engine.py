@@ -17,9 +17,13 @@ from tests.serve.asynchronous import TIMEOUT, asynchronous, until
 from tests.serve.served_engines import DELTA, LONG, check, tiny
 from tests.serve.serving import assert_idle, serving, standing, tokens_of
 
+# With and without a step that is with the device while everything else happens.
+MODES = pytest.mark.parametrize("ahead", [False, True], ids=["in step", "ahead"])
 
+
+@MODES
 @asynchronous
-async def test_many_at_once_say_what_they_say_offline() -> None:
+async def test_many_at_once_say_what_they_say_offline(ahead: bool) -> None:
     """Greedy tokens and seeded samples, streamed and at the end, text and several completions."""
     params = [GREEDY.clone(max_tokens=count, seed=i) for i, (_, count) in enumerate(LENGTHS)]
     params[2] = params[2].clone(temperature=1.0, logprobs=2)
@@ -42,8 +46,8 @@ async def test_many_at_once_say_what_they_say_offline() -> None:
                 assert shown == [set(each) for each in completion.logprobs]
         assert outputs[-1].finished
 
-    async with serving() as engine, asyncio.TaskGroup() as group:
-        for _ in range(3):
+    async with serving(async_scheduling=ahead) as engine, asyncio.TaskGroup() as group:
+        for _ in range(2):
             for i in range(len(PROMPTS)):
                 for kind in RequestOutputKind:
                     group.create_task(streamed(engine, i, kind))
@@ -88,10 +92,13 @@ async def drop_the_stream(stream: OutputStream) -> None:
 WAYS = [cancel_the_task, cancel_the_wait, close_the_stream, leave_the_loop, drop_the_stream]
 
 
+@MODES
 @pytest.mark.parametrize("way", WAYS)
 @asynchronous
-async def test_however_a_stream_ends_its_blocks_are_free_at_once(way: Callable[..., Any]) -> None:
-    async with serving() as engine:
+async def test_however_a_stream_ends_its_blocks_are_free_at_once(
+    way: Callable[..., Any], ahead: bool
+) -> None:
+    async with serving(async_scheduling=ahead) as engine:
         other = engine.generate(prompt_of(9), DELTA)
         stream = engine.generate(prompt_of(30), LONG)
         await anext(stream)
@@ -118,8 +125,9 @@ async def test_a_request_may_be_cancelled_before_the_engine_has_it(way: Callable
         assert stats.num_prompt_tokens == 9, "the engine never saw the other one"
 
 
+@MODES
 @asynchronous
-async def test_a_hundred_are_cancelled_in_the_middle_and_the_others_notice_nothing() -> None:
+async def test_a_hundred_are_cancelled_in_the_middle_and_the_others_notice_nothing(ahead: bool) -> None:
     """Their ids are used again at once; some requests go on all the while."""
 
     async def cut_short(engine: AsyncEngine, number: int) -> None:
@@ -134,7 +142,7 @@ async def test_a_hundred_are_cancelled_in_the_middle_and_the_others_notice_nothi
             prompt = prompt_of(5 + number, seed=seed)
             assert await tokens_of(engine.generate(prompt, DELTA)) == dense_greedy(prompt, 16)
 
-    async with serving() as engine:
+    async with serving(async_scheduling=ahead) as engine:
         async with asyncio.TaskGroup() as group:
             for number in range(10):
                 group.create_task(cut_short(engine, number))

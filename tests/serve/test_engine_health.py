@@ -16,9 +16,9 @@ from tests.serve.served_engines import Broken, assert_clean, break_steps, poison
 DELTA = GREEDY.clone(output_kind=RequestOutputKind.DELTA)
 
 
-@pytest.fixture
-def engine() -> Iterator[Engine]:
-    with tiny() as found:
+@pytest.fixture(params=[False, True], ids=["in step", "ahead"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    with tiny(async_scheduling=request.param) as found:
         yield found
 
 
