@@ -72,7 +72,7 @@ def build_app(engine: AsyncEngine, options: ServerOptions, names: Sequence[str])
     app.include_router(chat_routes(service))
     app.include_router(text_routes(service))
     app.include_router(state_routes(service, metrics))
-    public = PUBLIC_PATHS
+    public: tuple[str, ...] = PUBLIC_PATHS
     if options.page:
         app.include_router(page_routes(BlockFeed(engine)))
         public += public_paths()

@@ -87,7 +87,7 @@ def _response(job: Job, body: ChatCompletionRequest, output: RequestOutput) -> C
             ChatChoice(
                 index=completion.index,
                 message=ChatMessage(content=completion.text),
-                logprobs=None if found is None else ChatLogprobs(**found),  # type: ignore[arg-type]
+                logprobs=None if found is None else ChatLogprobs(**found),
                 finish_reason=finish_reason(completion.finish_reason),
                 stop_reason=completion.stop_reason,
                 token_ids=completion.token_ids if body.return_token_ids else None,

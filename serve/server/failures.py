@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -81,7 +82,7 @@ def failure_of(error: BaseException) -> RequestFailure:
 
 def validation_failure(error: RequestValidationError) -> RequestFailure:
     """A body that is no JSON or does not fit; names the first field that is wrong."""
-    found = error.errors()[0] if error.errors() else {"loc": (), "msg": "is malformed", "type": ""}
+    found: Mapping[str, Any] = next(iter(error.errors()), {"loc": (), "msg": "is malformed", "type": ""})
     place = [str(part) for part in found["loc"] if part != "body"]
     if found["type"] == "json_invalid":
         return RequestFailure(400, f"the body is not JSON: {found.get('ctx', {}).get('error', 'malformed')}")

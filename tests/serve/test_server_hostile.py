@@ -100,7 +100,7 @@ def test_half_a_request_hurts_nobody(live: LiveServer) -> None:
             live.raw(junk)
             for junk in (b"\x16\x03\x01\x02\x00", b"\x00" * 64, b"GET", b"PRI * HTTP/2.0\r\n\r\n")
         ]
-        live.complete([5], max_tokens=1)
+        assert live.complete([5], max_tokens=1)["usage"]["completion_tokens"] == 1
         for sock in socks:
             sock.close()
 
@@ -115,6 +115,7 @@ def test_a_reader_that_stops_is_cut_off_and_frees_what_it_had() -> None:
         sock.sendall(request_bytes(prompt=[5, 6], stream=True, return_token_ids=True, **fields))
         wait_until(lambda: live.engine.num_unfinished > 8)
         wait_until(lambda: live.engine.num_unfinished <= 1)
+        assert live.stats().finished["abort"] == fields["n"]
         sock.close()
 
 
