@@ -5,6 +5,7 @@ comes back is posted to the ticket's mailbox, all outputs of a step for one mail
 loop costs once a step and not once a request.
 """
 
+import atexit
 import logging
 import threading
 import time
@@ -90,6 +91,8 @@ class EngineThread:
         self._finish_times: deque[float] = deque(maxlen=64)
         self._thread = threading.Thread(target=self._run, name="jaxpaged-engine", daemon=True)
         self._thread.start()
+        # A thread that is with the device while the interpreter goes away takes the process down with it.
+        atexit.register(self.close)
 
     # What other threads call.
 
@@ -195,6 +198,8 @@ class EngineThread:
         self._put(lambda: None)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)
+        if not self._thread.is_alive():
+            atexit.unregister(self.close)
 
     # What runs in the thread.
 

@@ -1,6 +1,8 @@
 """An engine's thread from its start to its end, and what befalls those who wait meanwhile."""
 
 import contextlib
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -31,6 +33,7 @@ from tests.serve.served_engines import (
     reasons,
     tiny,
 )
+from tests.support.repository import ROOT
 
 
 class SlowStart:
@@ -334,3 +337,34 @@ def test_a_mailbox_that_takes_nothing_ends_its_own_requests() -> None:
     wait_until(lambda: all(ticket.done for ticket in struck))
     served.assert_idle()
     served.close()
+
+
+LEAVES_IN_THE_MIDDLE = """
+import threading
+
+from jaxpaged.serve.engine_thread import EngineThread
+from jaxpaged.serve.tickets import Ticket
+from tests.engine.tiny import GREEDY, new_engine, prompt_of
+
+thread, arrived = EngineThread(new_engine()), threading.Event()
+
+
+class Inbox:
+    def post(self, items):
+        arrived.set()
+
+
+thread.ready.result()
+params = GREEDY.clone(max_tokens=100, output_kind=1)
+thread.submit(*(Ticket(str(i), prompt_of(5, seed=i), params, {}, Inbox()) for i in range(8)))
+assert arrived.wait(100)
+print("leaves with", thread.num_unfinished)
+"""
+
+
+def test_a_process_may_end_without_closing_its_engine() -> None:
+    """What is with the device then must not take it down."""
+    command = [sys.executable, "-c", LEAVES_IN_THE_MIDDLE]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "leaves with 8\n"
