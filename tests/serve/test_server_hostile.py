@@ -1,6 +1,7 @@
 """Clients that leave, stall, flood or fail: no block stays held, and no other request says anything else."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import struct
@@ -24,6 +25,16 @@ def request_bytes(**fields: Any) -> bytes:
     body = json.dumps(fields).encode()
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def rest_of(sock: socket.socket) -> bytes:
+    """What is left to read on a connection that the other side ends, in whatever way."""
+    sock.settimeout(TIMEOUT)
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := sock.recv(1 << 16):
+            received += part
+    return received
 
 
 def reset(sock: socket.socket) -> None:
@@ -115,8 +126,8 @@ def test_a_reader_that_stops_is_cut_off_and_frees_what_it_had() -> None:
         sock.sendall(request_bytes(prompt=[5, 6], stream=True, return_token_ids=True, **fields))
         wait_until(lambda: live.engine.num_unfinished > 8)
         wait_until(lambda: live.engine.num_unfinished <= 1)
-        assert live.stats().finished["abort"] == fields["n"]
-        sock.close()
+        with sock:
+            assert b"[DONE]" not in rest_of(sock)
 
 
 def test_a_thousand_requests_at_twenty_times_what_fits() -> None:
