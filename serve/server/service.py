@@ -15,8 +15,9 @@ from jaxpaged.serve.server.options import ServerOptions
 from jaxpaged.serve.server.token_texts import TokenTexts
 from jaxpaged.tokenizer import Tokenizer
 
-# OpenAI's words, by which clients tell this error from others and shorten their prompt.
-CONTEXT_LENGTH = "this model's maximum context length is %d tokens"
+# Words by which clients tell this error from others and shorten their prompt: LangChain by the first, litellm by the
+# second half.
+CONTEXT_LENGTH = "the prompt is too long: this model's maximum context length is %d tokens"
 # A text of so many characters is tokenised in another thread: it takes longer than a few hundred microseconds.
 MAX_CHARS_IN_LOOP = 4096
 # No token is longer than so many characters in practice; a text far beyond is refused before it is tokenised.

@@ -21,11 +21,12 @@ KEY = "a-key-for-tests"
 def test_clients_know_that_a_prompt_is_too_long_by_its_words(
     fields: dict[str, Any], options: dict[str, Any]
 ) -> None:
-    """litellm looks for these words, whatever the code says, to raise its ContextWindowExceededError."""
+    """Whatever the code says, litellm and LangChain look for these words to raise exceptions of their own."""
     with live_server(**options) as server:
         response = server.post("/v1/completions", **fields)
         assert response.status_code == 400
         error = response.json()["error"]
+    assert "prompt is too long" in error["message"]
     assert "this model's maximum context length is" in error["message"]
     assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
 
