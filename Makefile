@@ -6,9 +6,11 @@
 #   make gpu-test  the kernels' and the engine's tests on a GPU; says so where there is none
 #   make gpu-bench the bandwidth table of paged attention on a GPU, beside its peers
 #   make gpu-compile-test    compiles the GPU kernels for six GPUs, none of which is needed (1.3 GB of wheels)
+#   make client-test         clients of OpenAI's API against the server, each in its environment (3.5 GB in .cache)
 #
 #   make PYTHON=/path/to/python3.13 test     uses that interpreter (3.12 to 3.14)
 #   make EXTRAS=dev,cuda13 gpu-test          with the CUDA 13 build of jax
+#   make CLIENTS=openai client-test          with some of the clients
 #   make GPU_PYTHON=python3 gpu-test         with an interpreter that has jax for CUDA: nothing is installed
 
 EXTRAS = dev
@@ -26,10 +28,11 @@ GPU_PYTHON =
 GPU_RUN = $(or $(GPU_PYTHON),$(PY)) scripts/from_checkout.py
 GPU_READY = $(if $(GPU_PYTHON),,$(READY))
 GPU_BENCH_ARGS = --quick
+CLIENTS =
 SOURCES := jaxpaged models pallas_kernels serve tests benchmarks notebooks scripts setup.py
 CHECKED = $(wildcard $(SOURCES))
 
-.PHONY: demo test gpu-test gpu-bench gpu-compile-test check lint format format-check typecheck bench notebook venv clean distclean help
+.PHONY: demo test gpu-test gpu-bench gpu-compile-test client-test check lint format format-check typecheck bench notebook venv clean distclean help
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -59,6 +62,9 @@ gpu-bench: $(GPU_READY)
 # One process: the tests compile for several GPUs, on all cores, by themselves.
 gpu-compile-test:
 	@$(MAKE) test EXTRAS="$(EXTRAS),gpu-compile" PARALLEL= PYTEST_ARGS="tests/gpu_compile $(PYTEST_ARGS)"
+
+client-test: $(READY)
+	@$(PY) -m tests.clients.run $(CLIENTS)
 
 check: format-check lint typecheck test
 
