@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-VARIABLE = "JAXPAGED_SERVED"  # by which scripts/client_tests.py tells the checks where the server is
+VARIABLE = "JAXPAGED_SERVED"  # by which tests.clients.run tells the checks where the server is
 PROMPT = "def main("
 DEADLINE = 30.0
 COUNTERS = ("request_success", "prompt_tokens", "generation_tokens")
@@ -38,7 +38,7 @@ class Served:
 
     @staticmethod
     def from_environment() -> "Served":
-        """The server that ``scripts/client_tests.py`` has started."""
+        """The server that ``tests.clients.run`` has started."""
         return Served(**json.loads(os.environ[VARIABLE]))
 
     def environment(self) -> dict[str, str]:
