@@ -82,7 +82,7 @@ class EngineCore:
     @property
     def has_unfinished(self) -> bool:
         """Whether a further step has anything to do."""
-        return self.scheduler.has_unfinished
+        return bool(self._outputs) or self.scheduler.has_unfinished
 
     def add(self, generation: Generation) -> None:
         """Queues a request.

@@ -159,7 +159,11 @@ class Results:
 
     def end(self, generation: Generation, status: RequestStatus) -> RequestOutput | None:
         """Ends all completions of a request that have not ended before; returns its last output."""
-        self._end_all(generation, status)
+        try:
+            self._end_all(generation, status)
+        except Exception as error:  # the rest of its text could not be made
+            logger.exception("request %s ends with an error", generation.request_id)
+            self.end_with_error(generation, error)
         return self.close_if_done(generation)
 
     def _end_all(self, generation: Generation, status: RequestStatus) -> None:

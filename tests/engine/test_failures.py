@@ -168,6 +168,28 @@ def test_text_that_fails_ends_one_request(engine: Engine, monkeypatch: pytest.Mo
     assert [c.token_ids for c in outputs["b"].outputs] == [wanted["b"]] * 2
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_abort_whose_text_fails_still_ends_the_request(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    engine.add_request("doomed", prompt_of(9), GREEDY.clone(n=n))
+    engine.step()
+
+    def flush(self: IncrementalDetokenizer) -> str:
+        raise Broken("no text today")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(IncrementalDetokenizer, "flush", flush)
+        engine.abort_request("doomed")
+    outputs = engine.step()
+    assert [(output.request_id, output.finished) for output in outputs] == [("doomed", True)]
+    assert isinstance(outputs[0].error, Broken)
+    assert engine.block_tables() == {}
+    engine.check_invariants()
+    engine.add_request("doomed", prompt_of(9), GREEDY)  # its name is free again
+    assert drain(engine)["doomed"].error is None
+
+
 def test_a_missing_program_after_the_warm_up_names_its_shape() -> None:
     with new_engine(max_num_seqs=1, max_num_batched_tokens=2, warmup=True) as engine:
         assert engine.generate(prompt_of(5), GREEDY)[0].outputs[0].token_ids == dense_greedy(prompt_of(5), 16)
