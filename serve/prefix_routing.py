@@ -59,10 +59,11 @@ class _Beginning(msgspec.Struct):
 _DECODER = msgspec.json.Decoder(_Beginning)
 
 
-def body_keys(body: bytes, depths: Sequence[int] = DEPTHS) -> tuple[int, ...]:
+def body_keys(body: bytes, tenant: str = "", depths: Sequence[int] = DEPTHS) -> tuple[int, ...]:
     """Keys of a body of ``/v1/completions`` or ``/v1/chat/completions``; none if it has no prompt or is no JSON.
 
-    Of several prompts the first ones count. Requests with different ``cache_salt`` share nothing and need not meet.
+    Of several prompts the first ones count. Requests with different ``cache_salt``, or of different tenants, share
+    nothing and need not meet.
     """
     try:
         found = _DECODER.decode(body)
@@ -70,7 +71,8 @@ def body_keys(body: bytes, depths: Sequence[int] = DEPTHS) -> tuple[int, ...]:
         return ()
     messages, prompt = bytes(found.messages), bytes(found.prompt)
     text = prompt if messages == b"null" else messages
-    return () if text == b"null" else prefix_keys(text, salt=bytes(found.cache_salt), depths=depths)
+    salt = tenant.encode() + b"/" + bytes(found.cache_salt)
+    return () if text == b"null" else prefix_keys(text, salt=salt, depths=depths)
 
 
 def prefix_keys(prompt: bytes, *, salt: bytes = b"", depths: Sequence[int] = DEPTHS) -> tuple[int, ...]:

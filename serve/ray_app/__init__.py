@@ -9,6 +9,9 @@
 Each ``Replica`` runs the whole application of ``jaxpaged serve``, so requests, errors, streams and metrics are the
 same. The ``Ingress`` guards (keys, sizes, hosts), reads what a prompt begins with, and passes the answer through;
 ``PrefixRouter`` chooses the replica. Needs the extra ``ray``.
+
+Ray carries chunks from process to process. With the variable ``RAY_SERVE_USE_GRPC_BY_DEFAULT=1``, which is Ray's and
+has to be set when the cluster is started, that costs about half.
 """
 
 from typing import TYPE_CHECKING

@@ -20,6 +20,8 @@ _CARRIED = (
     *("type", "asgi", "http_version", "method", "scheme", "path", "raw_path"),
     *("query_string", "root_path", "headers", "client", "server"),
 )
+# What the guards found out, for the application.
+_FOUND = ("tenant",)
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -42,13 +44,20 @@ class ForwardedRequest:
         """The request of ``scope``, under the id that the guards gave it."""
         carried = {name: scope[name] for name in _CARRIED if name in scope}
         headers = [(name, value) for name, value in scope["headers"] if name != REQUEST_ID]
-        carried["headers"] = [*headers, (REQUEST_ID, scope["state"]["request_id"].encode("ascii"))]
+        state = scope["state"]
+        carried["headers"] = [*headers, (REQUEST_ID, state["request_id"].encode("ascii"))]
+        carried["state"] = {name: state[name] for name in _FOUND if name in state}
         return cls(carried, body)
 
     @property
     def path(self) -> str:
         """The path below the prefix that the application is served at."""
         return str(self.scope["path"]).removeprefix(str(self.scope.get("root_path", "")).rstrip("/"))
+
+    @property
+    def tenant(self) -> str:
+        """Whose key it came with; empty if there is only one key, or none."""
+        return str(self.scope["state"].get("tenant", ""))
 
     @property
     def request_id(self) -> str:
@@ -83,7 +92,8 @@ class Responder:
             sent.append(message)
             news.set()
 
-        task = asyncio.create_task(self._run({**request.scope, "state": {}}, receive, send))
+        scope = {**request.scope, "state": dict(request.scope["state"])}
+        task = asyncio.create_task(self._run(scope, receive, send))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         task.add_done_callback(lambda _: news.set())

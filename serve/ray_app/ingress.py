@@ -15,11 +15,12 @@ from starlette.types import Receive, Scope, Send
 
 from jaxpaged.serve.prefix_routing import body_keys
 from jaxpaged.serve.ray_app.forwarding import ForwardedRequest
-from jaxpaged.serve.ray_app.ingress_guards import RefusalCounter, guard_options
 from jaxpaged.serve.ray_app.merged_metrics import merge_metrics
+from jaxpaged.serve.ray_app.refusals import RefusalCounter
 from jaxpaged.serve.ray_app.replica_answer import ReplicaAnswer, ReplicaFailedError, ReplicaLostError
 from jaxpaged.serve.server.event_stream import unless_client_leaves
 from jaxpaged.serve.server.failures import RETRY_WHEN_UNAVAILABLE
+from jaxpaged.serve.server.guard_options import guard_options
 from jaxpaged.serve.server.guards.errors import send_error
 from jaxpaged.serve.server.guards.request_id import HEADER as REQUEST_ID
 from jaxpaged.serve.server.guards.stack import guard
@@ -52,6 +53,7 @@ class Ingress:
         self._replicas = replicas
         self._respond = replicas.options(method_name="respond", stream=True)
         self._replica_wait = replica_wait
+        self._share_prefixes = options.share_prefixes
         self._refusals = RefusalCounter(
             names[0], f"ingress-{serve.get_replica_context().replica_tag}", options
         )
@@ -89,7 +91,8 @@ class Ingress:
 
     async def _relay(self, request: ForwardedRequest, send: Send) -> None:
         has_prompt = request.scope["method"] == "POST" and request.path.startswith("/v1/")
-        keys = body_keys(request.body) if has_prompt else ()
+        # Tenants that share no blocks need not meet.
+        keys = body_keys(request.body, "" if self._share_prefixes else request.tenant) if has_prompt else ()
         wait = HEALTH_WAIT if request.path == "/health" else self._replica_wait
         avoid: list[str] = []
         for attempts_left in range(MAX_ATTEMPTS - 1, -1, -1):

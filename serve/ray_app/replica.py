@@ -33,10 +33,10 @@ class Replica:
     ) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL)
         self.name = serve.get_replica_context().replica_tag
-        options = behind_the_ingress(options, self.name)
+        options = options_of_replica(options, self.name)
         self._engine = AsyncEngine(engine_maker(options, engine), max_queue_length=options.max_queue_length)
         self._drain_timeout = options.drain_timeout
-        application = build_app(self._engine, options, names)
+        application = build_app(self._engine, options, names, behind_ingress=True)
         self._responder = Responder(application.asgi)
         self._running = AsyncExitStack()
         self._running.push_async_callback(self._engine.close)
@@ -85,9 +85,10 @@ class Replica:
         await self._running.aclose()
 
 
-def behind_the_ingress(options: ServerOptions, name: str) -> ServerOptions:
-    """Options of a server to which only the ingress sends, which has checked keys, hosts and origins."""
+def options_of_replica(options: ServerOptions, name: str) -> ServerOptions:
+    """The options of one of several servers behind an ingress, which alone has the keys."""
+    has_keys = bool(options.api_key or options.api_key_file)
     board = None if options.tensorboard is None else options.tensorboard / name
-    return dataclasses.replace(
-        options, api_key=None, api_key_file=None, allowed_origin=None, allowed_host=["*"], tensorboard=board
-    )
+    # That there are keys is for the schema to tell; which, is not known here.
+    keys = ["known-to-the-ingress"] if has_keys else None
+    return dataclasses.replace(options, api_key=keys, api_key_file=None, tensorboard=board)

@@ -19,13 +19,13 @@ from jaxpaged.serve.metrics.access_log import AccessEntry, AccessLog
 from jaxpaged.serve.metrics.prometheus import PrometheusMetrics
 from jaxpaged.serve.metrics.tensorboard import TensorBoardWriter
 from jaxpaged.serve.page.block_feed import BlockFeed
-from jaxpaged.serve.page.routes import page_routes, public_paths
+from jaxpaged.serve.page.routes import page_routes
 from jaxpaged.serve.server.chat_completions import chat_routes
 from jaxpaged.serve.server.completions import completion_routes
 from jaxpaged.serve.server.event_stream import with_short_way
 from jaxpaged.serve.server.failures import contain_failures, install_failure_handlers
+from jaxpaged.serve.server.guard_options import guard_options, without_access_checks
 from jaxpaged.serve.server.guards.access import RequestSummary
-from jaxpaged.serve.server.guards.api_key import PUBLIC_PATHS, read_api_keys
 from jaxpaged.serve.server.guards.stack import GuardOptions, guard
 from jaxpaged.serve.server.options import ServerOptions
 from jaxpaged.serve.server.route_docs import COMMON_RESPONSES
@@ -48,8 +48,13 @@ class Application:
     metrics: PrometheusMetrics
 
 
-def build_app(engine: AsyncEngine, options: ServerOptions, names: Sequence[str]) -> Application:
+def build_app(
+    engine: AsyncEngine, options: ServerOptions, names: Sequence[str], *, behind_ingress: bool = False
+) -> Application:
     """The application that serves ``engine`` under ``names``.
+
+    ``behind_ingress``: keys, hosts and origins have been checked, by ``guard_options`` of the same options, before
+    a request comes here.
 
     Raises:
       ValueError: an option makes no sense.
@@ -72,10 +77,8 @@ def build_app(engine: AsyncEngine, options: ServerOptions, names: Sequence[str])
     app.include_router(chat_routes(service))
     app.include_router(text_routes(service))
     app.include_router(state_routes(service, metrics))
-    public: tuple[str, ...] = PUBLIC_PATHS
     if options.page:
         app.include_router(page_routes(BlockFeed(engine)))
-        public += public_paths()
 
     def on_end(summary: RequestSummary) -> None:
         metrics.http(summary.route, summary.method, summary.status, summary.seconds)
@@ -83,26 +86,11 @@ def build_app(engine: AsyncEngine, options: ServerOptions, names: Sequence[str])
             metrics.disconnected()
         log.write(_entry(summary))
 
-    guards = _guard_options(options, public)
+    guards = guard_options(options)
     app.openapi = lambda: _schema(app, guards)  # type: ignore[method-assign]
-    guarded = guard(contain_failures(app), guards, on_end=on_end)
+    here = without_access_checks(guards) if behind_ingress else guards
+    guarded = guard(contain_failures(app), here, on_end=on_end)
     return Application(with_short_way(guarded), app, service, metrics)
-
-
-def _guard_options(options: ServerOptions, public: Sequence[str]) -> GuardOptions:
-    keys = list(options.api_key or ())
-    if options.api_key_file is not None:
-        keys += read_api_keys(options.api_key_file)
-    return GuardOptions(
-        api_keys=tuple(keys),
-        public_paths=tuple(public),
-        bind_host=options.host,
-        allowed_hosts=tuple(options.allowed_host or ()),
-        allowed_origins=tuple(options.allowed_origin or ()),
-        max_body_bytes=options.max_body_bytes,
-        max_total_body_bytes=max(16 * options.max_body_bytes, options.max_body_bytes),
-        body_timeout=options.body_timeout,
-    )
 
 
 def _entry(summary: RequestSummary) -> AccessEntry:

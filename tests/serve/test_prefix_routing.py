@@ -56,6 +56,7 @@ def test_number_of_keys_grows_with_the_prompt() -> None:
 def test_salts_separate() -> None:
     assert prefix_keys(b"the same", salt=b"one") != prefix_keys(b"the same", salt=b"two")
     assert body_keys(body(prompt="p", cache_salt="a")) != body_keys(body(prompt="p", cache_salt="b"))
+    assert body_keys(body(prompt="p"), "key-1") != body_keys(body(prompt="p"), "key-2")
 
 
 def test_keys_do_not_depend_on_the_process() -> None:

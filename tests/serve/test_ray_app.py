@@ -27,7 +27,7 @@ pytestmark = [
 
 SIZES = {"num_blocks": 120, "max_num_seqs": 4, "max_num_batched_tokens": 32, "block_size": 8}
 SIZES |= {"max_model_len": 512, "num_scheduler_steps": 1}
-KEY = "the-key-of-the-test"
+KEY, OTHER_KEY = "the-key-of-the-test", "the-key-of-another-tenant"
 MODEL = "tiny"
 TOKENS = 12
 DEADLINE = 120.0
@@ -112,7 +112,7 @@ def cluster(
         model=checkpoint,
         served_model_name=MODEL,
         num_replicas=2,
-        api_key=KEY,
+        api_key=[KEY, OTHER_KEY],
         allowed_origin="https://example.org",
         max_body_bytes=100_000,
         drain_timeout=5,
@@ -163,6 +163,21 @@ def test_errors_come_through(cluster: Cluster) -> None:
     assert allowed == ["https://example.org"]
     asked = {"X-Request-Id": "mine-1"}
     assert cluster.client.get("/v1/models", headers=asked).headers.get_list("x-request-id") == ["mine-1"]
+
+
+def test_keys_of_the_ingress_are_tenants_of_the_replicas(cluster: Cluster) -> None:
+    def cached(key: str) -> int:
+        body = {"prompt": "what one tenant has asked", "max_tokens": 1}
+        headers = {"Authorization": f"Bearer {key}"}
+        response = cluster.client.post("/v1/completions", json=body, headers=headers)
+        number: int = response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return number
+
+    assert cached(KEY) == 0
+    assert cached(KEY) > 0
+    assert cached(OTHER_KEY) == 0
+    schema = cluster.client.get("/openapi.json").json()
+    assert schema["components"]["securitySchemes"], "the replicas say what the ingress asks for"
 
 
 def test_same_beginning_goes_to_the_same_replica(cluster: Cluster) -> None:

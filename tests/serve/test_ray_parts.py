@@ -13,9 +13,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from jaxpaged.serve.ray_app.autoscaling import SEQUENCES, wanted_replicas
 from jaxpaged.serve.ray_app.forwarding import ForwardedRequest, Head, Responder
-from jaxpaged.serve.ray_app.ingress_guards import RefusalCounter, guard_options
 from jaxpaged.serve.ray_app.merged_metrics import merge_metrics
 from jaxpaged.serve.ray_app.options import Arguments, RayOptions
+from jaxpaged.serve.ray_app.refusals import RefusalCounter
+from jaxpaged.serve.server.guard_options import guard_options, without_access_checks
 from jaxpaged.serve.server.guards.access import RequestSummary
 from jaxpaged.serve.server.options import ServerOptions
 from tests.serve.asynchronous import asynchronous, until
@@ -87,7 +88,8 @@ def test_what_depends_on_the_batch() -> None:
 
 def request(body: bytes = b"", **scope: Any) -> ForwardedRequest:
     full = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], **scope}
-    return ForwardedRequest.of({**full, "state": {"request_id": "req-1"}, "app": object()}, body)
+    state = {"request_id": "req-1", "tenant": "key-2", "other": object()}
+    return ForwardedRequest.of({**full, "state": state, "app": object()}, body)
 
 
 def test_request_can_be_sent_to_another_process() -> None:
@@ -95,6 +97,7 @@ def test_request_can_be_sent_to_another_process() -> None:
     sent = pickle.loads(pickle.dumps(request(b"body", headers=headers, client=("::1", 5))))
     assert sent.scope["headers"] == [(b"accept", b"*/*"), (b"x-request-id", b"req-1")]
     assert sent.request_id == "req-1"
+    assert sent.tenant == "key-2"
     assert sent.scope["client"] == ("::1", 5)
     assert sent.body == b"body"
 
@@ -113,6 +116,7 @@ class App:
         self.received: list[Message] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.state = scope["state"]
         self.received.append(await receive())
         for message in self.messages:
             await send(message)
@@ -137,6 +141,7 @@ async def test_answer_is_its_head_and_its_body() -> None:
     assert head == Head(201, [(b"a", b"b")])
     assert b"".join(body) == b"onetwo"
     assert app.received == [{"type": "http.request", "body": b"in", "more_body": False}]
+    assert app.state == {"tenant": "key-2"}, "what the guards found out"
 
 
 @asynchronous
@@ -267,6 +272,9 @@ def test_guards_of_the_ingress_are_those_of_the_server(tmp_path: Path) -> None:
     assert guards.bind_host == "0.0.0.0"
     assert guards.max_body_bytes == 9
     assert "/" in guards.public_paths
+    inner = without_access_checks(guards)
+    assert (inner.api_keys, inner.allowed_origins, inner.allowed_hosts) == ((), (), ("*",))
+    assert inner.max_body_bytes == 9
     assert guard_options(ServerOptions(page=False)).public_paths == ("/health",)
 
 

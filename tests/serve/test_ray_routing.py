@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import warnings
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,7 @@ with warnings.catch_warnings():
     from ray.serve.request_router import ReplicaID
 
     from jaxpaged.serve.ray_app import build_app
-    from jaxpaged.serve.ray_app.replica import Replica, behind_the_ingress
+    from jaxpaged.serve.ray_app.replica import Replica, options_of_replica
     from jaxpaged.serve.ray_app.replica_answer import ReplicaAnswer, ReplicaFailedError, ReplicaLostError
     from jaxpaged.serve.ray_app.request_router import PrefixRouter
 
@@ -202,12 +203,14 @@ def test_replica_is_healthy_until_its_engine_dies() -> None:
     assert raised.value.__cause__ is error
 
 
-def test_replica_trusts_its_ingress(tmp_path: Any) -> None:
-    options = ServerOptions(api_key=["k"], api_key_file=tmp_path, allowed_origin=["*"], tensorboard=tmp_path)
-    inner = behind_the_ingress(options, "r1")
-    assert (inner.api_key, inner.api_key_file, inner.allowed_origin) == (None, None, None)
-    assert inner.allowed_host == ["*"]
+def test_replicas_have_no_keys_and_boards_of_their_own(tmp_path: Path) -> None:
+    options = ServerOptions(api_key=["secret"], api_key_file=tmp_path, tensorboard=tmp_path)
+    inner = options_of_replica(options, "r1")
+    assert inner.api_key
+    assert "secret" not in inner.api_key
+    assert inner.api_key_file is None
     assert inner.tensorboard == tmp_path / "r1"
+    assert options_of_replica(ServerOptions(), "r1") == ServerOptions()
 
 
 def test_application_has_what_it_was_told() -> None:

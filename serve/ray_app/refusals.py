@@ -1,4 +1,4 @@
-"""The guards of ``jaxpaged serve`` at the ingress, and what is told of the requests that they refuse."""
+"""What is told of the requests that the guards refuse at the ingress: metrics, and lines of the access log."""
 
 from collections.abc import Iterator
 
@@ -9,32 +9,8 @@ from prometheus_client.registry import Collector
 from jaxpaged.serve.metrics.access_log import AccessEntry, AccessLog
 from jaxpaged.serve.metrics.exposition import FamilyMaker, write
 from jaxpaged.serve.metrics.http_metrics import HttpMetrics
-from jaxpaged.serve.page.routes import public_paths
 from jaxpaged.serve.server.guards.access import RequestSummary
-from jaxpaged.serve.server.guards.api_key import PUBLIC_PATHS, read_api_keys
-from jaxpaged.serve.server.guards.stack import GuardOptions
 from jaxpaged.serve.server.options import ServerOptions
-
-
-def guard_options(options: ServerOptions) -> GuardOptions:
-    """The guards' options among those of a server.
-
-    Raises:
-      ValueError: the file of API keys cannot be read.
-    """
-    keys = list(options.api_key or ())
-    if options.api_key_file is not None:
-        keys += read_api_keys(options.api_key_file)
-    return GuardOptions(
-        api_keys=tuple(keys),
-        public_paths=PUBLIC_PATHS + (tuple(public_paths()) if options.page else ()),
-        bind_host=options.host,
-        allowed_hosts=tuple(options.allowed_host or ()),
-        allowed_origins=tuple(options.allowed_origin or ()),
-        max_body_bytes=options.max_body_bytes,
-        max_total_body_bytes=16 * options.max_body_bytes,
-        body_timeout=options.body_timeout,
-    )
 
 
 class RefusalCounter(Collector):
