@@ -27,9 +27,9 @@ MIN_INTERVAL = 0.125  # seconds between two pictures at least
 IDLE_INTERVAL = 2.0  # and at most, in case something changed without a step
 KEEP_ALIVE_SECONDS = 15.0
 # Of the share that may be used this much is planned for: waking up and sending are known only roughly.
-PLANNED = 0.8
+PLANNED = 0.75
 # CPU seconds of what cannot be measured from here: a call into the engine's thread and back; waking a viewer.
-CALL_SECONDS, WAKE_SECONDS = 1e-4, 3e-5
+CALL_SECONDS, WAKE_SECONDS = 3e-4, 5e-5
 # Sending an event to a viewer counts as no more than this: other work may have gone on meanwhile.
 MAX_SEND_SECONDS = 5e-4
 KEEP_ALIVE = b": keep-alive\n\n"

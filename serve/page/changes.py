@@ -28,6 +28,7 @@ from jaxpaged.records import IterationRecord
 from jaxpaged.serve.page.snapshot import Second, Snapshot
 
 Change = dict[str, Any]
+MANY = 300  # changed blocks
 STEP_FIELDS = (
     "step",
     "num_steps",
@@ -67,11 +68,24 @@ def changes(before: Snapshot | None, after: Snapshot) -> Change:
 
 def block_runs(before: bytes, after: bytes) -> list[int]:
     """Flat triples (unchanged blocks before it, length, state) of the runs in ``after`` that differ from ``before``."""
-    old, new = np.frombuffer(before, np.uint8), np.frombuffer(after, np.uint8)
-    places = np.flatnonzero(old != new)
-    if not places.size:
-        return []
-    states = new[places]
+    places = np.flatnonzero(np.frombuffer(before, np.uint8) != np.frombuffer(after, np.uint8))
+    if places.size > MANY:
+        return _many_block_runs(places, np.frombuffer(after, np.uint8))
+    runs: list[int] = []
+    end = state = 0
+    for place in places.tolist():
+        if runs and place == end and after[place] == state:
+            runs[-2] += 1
+        else:
+            state = after[place]
+            runs += (place - end, 1, state)
+        end = place + 1
+    return runs
+
+
+def _many_block_runs(places: np.ndarray, after: np.ndarray) -> list[int]:
+    """The same by array operations, each of which costs as much as a few changed blocks."""
+    states = after[places]
     # A run goes on while the next changed block is the next block and in the same state.
     breaks = np.flatnonzero((np.diff(places) != 1) | (np.diff(states.astype(np.int16)) != 0)) + 1
     first = np.concatenate(([0], breaks))
@@ -99,8 +113,10 @@ def id_runs(ids: Sequence[int]) -> list[int]:
 def table_change(before: Sequence[int], after: Sequence[int]) -> list[int] | None:
     """How many leading ids stay, then ``id_runs`` of the rest; None if nothing changed."""
     length = len(before)
-    if len(after) >= length and after[:length] == before:
-        return [length, *id_runs(after[length:])] if len(after) > length else None
+    if before == after:
+        return None
+    if len(after) > length and after[:length] == before:
+        return [length, *id_runs(after[length:])]
     shorter = min(length, len(after))
     same = next((i for i in range(shorter) if before[i] != after[i]), shorter)
     return [same, *id_runs(after[same:])]

@@ -110,35 +110,35 @@ class PageServer:
 
     @contextmanager
     def running(self) -> Iterator["PageServer"]:
-        config = uvicorn.Config(
-            self.app(),
-            port=0,
-            log_level="warning",
-            timeout_graceful_shutdown=1,
-            lifespan="off",
-            loop="asyncio",
-        )
-        server = uvicorn.Server(config)
+        with listening(self.app()) as (loop, url):
+            self._loop, self.url = loop, url
+            try:
+                yield self
+            finally:
+                loop.call_soon_threadsafe(self.feed.close)
 
-        def serve() -> None:
-            self._loop = asyncio.new_event_loop()
-            self._loop.run_until_complete(server.serve())
-            self._loop.close()
 
-        thread = threading.Thread(target=serve)
-        thread.start()
+@contextmanager
+def listening(app: Any) -> Iterator[tuple[asyncio.AbstractEventLoop, str]]:
+    """An application behind uvicorn in a thread: its event loop and its address."""
+    config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1, loop="asyncio")
+    server, loop = uvicorn.Server(config), asyncio.new_event_loop()
+
+    def serve() -> None:
+        loop.run_until_complete(server.serve())
+        loop.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
         deadline = time.monotonic() + 30
         while not server.started:
             assert time.monotonic() < deadline, "the server did not start"
             time.sleep(0.01)
-        self.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-        try:
-            yield self
-        finally:
-            assert self._loop is not None
-            self._loop.call_soon_threadsafe(self.feed.close)
-            server.should_exit = True
-            thread.join()
+        yield loop, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def text_chunk(text: str, index: int = 0, finish: str | None = None) -> dict[str, Any]:

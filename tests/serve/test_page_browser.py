@@ -1,13 +1,17 @@
 """The page in headless Chromium: what a person sees and does."""
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from jaxpaged.serve.async_engine import AsyncEngine
+from jaxpaged.serve.server.app import build_app
+from jaxpaged.serve.server.options import ServerOptions
 from tests.engine.tiny import GREEDY, new_engine, prompt_of
 from tests.serve.chromium import Page, binaries, chromium
-from tests.serve.page_server import END, PageServer, chat_chunk, text_chunk, usage_chunk
+from tests.serve.page_server import END, PageServer, chat_chunk, listening, text_chunk, usage_chunk
 
 SHARED_TOKENS = 20  # five blocks
 
@@ -292,3 +296,40 @@ def test_a_phone_shows_one_side_at_a_time(page: Page, server: PageServer) -> Non
         assert page.script("document.documentElement.scrollWidth") <= 390
     finally:
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_whole_server(driver: Any) -> None:
+    """What the page asks for is what the server takes, and what comes is what the engine says."""
+    engine = new_engine()
+    [expected] = engine.generate("hello", GREEDY.clone(max_tokens=40))
+    serving = AsyncEngine(engine)
+    options = ServerOptions(port=0, api_key=["sesame"])
+    try:
+        with listening(build_app(serving, options, ["tiny"]).asgi) as (_, url):
+            page = Page(driver, url)
+            page.open()
+            page.until(lambda: page.script("document.getElementById('state').dataset.state") == "locked")
+            refused = page.complaints()
+            assert refused
+            assert all("401" in complaint for complaint in refused)
+            page.find("#key-input").send_keys("sesame\n")
+            page.until(lambda: page.text("#model") == "tiny")
+            page.find("#tab-completion").click()
+            page.script("document.querySelector('.sampling').open = true")
+            page.find("[name=tint]").click()
+            for name, value in {"temperature": "0", "max_tokens": "40"}.items():
+                page.script(
+                    "document.querySelector(`[name=${arguments[0]}]`).value = arguments[1]", name, value
+                )
+            page.find("#prompt").send_keys("hello")
+            page.find("#send").click()
+            page.until(lambda: page.text(".answer footer").endswith("length"))
+            assert page.text(".answer .text") == "hello" + expected.outputs[0].text
+            assert len(page.driver.find_elements("css selector", ".answer .text span[title]")) > 5
+            page.until(lambda: page.script("window.jaxpaged.pool.counters.num_finished") == 2)
+            assert page.complaints() == []
+            assert [each for each in page.requested() if not each.startswith(url)] == []
+            page.script("sessionStorage.clear()")
+            driver.get("about:blank")
+    finally:
+        asyncio.run(serving.close())
