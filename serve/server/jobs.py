@@ -50,14 +50,22 @@ class Job:
         """Hands all prompts to the engine, or none.
 
         Raises:
-          QueueFullError: there is no room for all of them.
+          RequestFailure: there could never be room for all of them.
+          QueueFullError: there is no room for all of them now.
           EngineUnavailableError: there is no engine to take them.
         """
         engine, options = self.service.engine, self.service.options
         salt = self.body.cache_salt
         if tenant and not options.share_prefixes:
             salt = f"{tenant}/{salt or ''}"  # what others have asked before cannot be told from how long one waits
-        engine.check_available(len(prompts) * self.params.num_completions)
+        num_sequences = len(prompts) * self.params.num_completions
+        most = engine.config.max_num_seqs + options.max_queue_length
+        if len(prompts) > 1 and num_sequences > most:
+            message = (
+                f"prompt: {num_sequences} completions in all are more than this server's queue holds ({most})"
+            )
+            raise RequestFailure(400, message, param="prompt")
+        engine.check_available(num_sequences)
         self.prompts = prompts
         for number, ids in enumerate(prompts):
             self.streams.append(

@@ -101,9 +101,13 @@ def check_errors(chat_model: str, endpoint: dict[str, Any], served: Served) -> N
 
 
 def check_a_full_queue_is_a_rate_limit(text_model: str, endpoint: dict[str, Any], served: Served) -> None:
-    prompts = [PROMPT] * (served.capacity + 1)
+    prompts = [PROMPT] * served.capacity
+    asked = {"max_tokens": 400, "extra_body": {"ignore_eos": True}, "stream": True}
+    running = litellm.text_completion(PROMPT, model=text_model, **asked, **endpoint)
+    next(iter(running))
     with pytest.raises(litellm.RateLimitError):
         litellm.text_completion(prompts, model=text_model, max_tokens=1, **endpoint)
+    running.completion_stream.close()
     served.wait_until_idle()
 
 

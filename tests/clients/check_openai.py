@@ -250,10 +250,16 @@ def check_what_is_not_there_is_not_found(client: openai.OpenAI) -> None:
 
 
 def check_a_full_queue_is_a_rate_limit(client: openai.OpenAI, served: Served) -> None:
-    prompts = [PROMPT] * (served.capacity + 1)
+    prompts = [PROMPT] * served.capacity
+    running = client.completions.create(
+        model=served.model, prompt=PROMPT, max_tokens=400, extra_body={"ignore_eos": True}, stream=True
+    )
     with pytest.raises(openai.RateLimitError) as caught:
         client.completions.create(model=served.model, prompt=prompts, max_tokens=1)
+    running.close()
     assert int(caught.value.response.headers["retry-after"]) >= 1
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model=served.model, prompt=[*prompts, PROMPT], max_tokens=1)
     served.wait_until_idle()
 
 

@@ -155,6 +155,14 @@ def test_a_thousand_requests_at_twenty_times_what_fits() -> None:
         assert live.complete(**body)["choices"][0]["text"] == expected
 
 
+def test_what_could_never_wait_is_told_so() -> None:
+    with live_server(max_queue_length=2) as live:
+        response = live.post(COMPLETIONS, prompt=[[5], [6]], n=6, max_tokens=2)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "prompt"
+        assert len(live.complete([[5], [6]], n=5, max_tokens=2)["choices"]) == 10
+
+
 def fail_when(live: LiveServer, length: int) -> None:
     """Steps with a request of so many prompt tokens raise from now on."""
 
