@@ -20,6 +20,7 @@ def merge_metrics(texts: Mapping[str, str]) -> str:
                 if not any(known.startswith(line[:7]) for known in header):
                     header.append(line)
             elif line and not line.startswith("#"):
+                headers.setdefault(family, [])
                 samples.setdefault(family, []).append(_labelled(line, replica))
     lines = [line for family in headers for line in (*headers[family], *samples.get(family, ()))]
     return "".join(f"{line}\n" for line in lines)

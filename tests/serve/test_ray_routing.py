@@ -3,7 +3,7 @@
 import asyncio
 import importlib.util
 import warnings
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ from jaxpaged.serve.prefix_routing import LoadBound, prefix_keys, rendezvous_ord
 from jaxpaged.serve.ray_app.forwarding import Head
 from jaxpaged.serve.server.options import ServerOptions
 from tests.serve.asynchronous import asynchronous
+from tests.serve.ray_doubles import Parts
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("needs Ray: pip install 'jaxpaged[ray]'", allow_module_level=True)
@@ -89,30 +90,6 @@ def test_router_forgets_replicas_that_are_gone() -> None:
 
 
 # Answers.
-
-
-class Parts:
-    """Ray's stream of what a replica yields; an exception among them is raised."""
-
-    def __init__(self, *parts: Any) -> None:
-        self.parts, self.cancelled = self._play(parts), False
-
-    async def _play(self, parts: tuple[Any, ...]) -> AsyncIterator[Any]:
-        for part in parts:
-            if isinstance(part, Exception):
-                raise part
-            if part is None:
-                await asyncio.sleep(3600)
-            yield part
-
-    def __aiter__(self) -> "Parts":
-        return self
-
-    async def __anext__(self) -> Any:
-        return await anext(self.parts)
-
-    def cancel(self) -> None:
-        self.cancelled = True
 
 
 STREAM = Head(200, [(b"content-type", b"text/event-stream; charset=utf-8")])

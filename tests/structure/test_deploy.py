@@ -24,7 +24,7 @@ MANIFESTS = ("kubernetes.yaml", "autoscaling.yaml")
 KUBERNETES_VERSIONS = ("1.30.0", None)
 
 
-def run_linter(name: str, *arguments: str) -> None:
+def expect_no_complaint(name: str, *arguments: str) -> None:
     """Runs a linter, of this environment or of the system, which must not complain."""
     folders = (str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))
     program = shutil.which(name, path=os.pathsep.join(folders))
@@ -73,18 +73,18 @@ def parsed(arguments: list[str]) -> dict[str, Any]:
 
 
 def test_hadolint_accepts_the_dockerfile() -> None:
-    run_linter("hadolint", "Dockerfile")
+    expect_no_complaint("hadolint", "Dockerfile")
 
 
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
 def test_kubernetes_schemas_accept_the_manifests(version: str | None) -> None:
     chosen = () if version is None else ("--kubernetes-version", version)
-    run_linter("kubernetes-validate", "--strict", *chosen, *MANIFESTS)
+    expect_no_complaint("kubernetes-validate", "--strict", *chosen, *MANIFESTS)
 
 
 def test_yamllint_accepts_the_manifests() -> None:
     rules = "{extends: default, rules: {line-length: {max: 130}}}"
-    run_linter("yamllint", "--strict", "--config-data", rules, *MANIFESTS)
+    expect_no_complaint("yamllint", "--strict", "--config-data", rules, *MANIFESTS)
 
 
 def test_image_is_built_of_what_the_package_is() -> None:
