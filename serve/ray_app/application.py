@@ -86,11 +86,16 @@ def deploy(
 
     Raises:
       ValueError: an option does not exist or does not fit.
-      RuntimeError: no replica could be started; Ray's message says why.
+      RuntimeError: no replica could be started, and why.
     """
     application = build_app({**arguments, "host": host})
     serve.start(http_options={"host": host, "port": port})
-    return serve.run(application, name=name, route_prefix=route_prefix)
+    try:
+        return serve.run(application, name=name, route_prefix=route_prefix)
+    except RuntimeError as error:
+        failed = serve.status().applications[name].deployments
+        reasons = [status.message for status in failed.values() if status.message]
+        raise RuntimeError("\n".join([str(error), *reasons])) from error
 
 
 def gpus_of_a_replica(options: RayOptions) -> float:
