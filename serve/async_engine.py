@@ -148,7 +148,7 @@ class AsyncEngine:
         name = next(self._ids) if request_id is None else request_id
         ticket = Ticket(name, prompt, params, handling, mailbox)
         stream = OutputStream(self._thread, ticket, loop)
-        mailbox.streams[ticket] = stream
+        ticket.reader = weakref.ref(stream)  # not to keep a stream alive that nobody reads any more
         self._thread.submit(ticket)
         return stream
 
@@ -248,6 +248,9 @@ class OutputStream:
     async def __anext__(self) -> RequestOutput:
         if not self._has_news:
             await self._wait()
+        return self._take()
+
+    def _take(self) -> RequestOutput:
         if self._arrived is None:
             if self._error is None:
                 raise StopAsyncIteration
@@ -256,17 +259,30 @@ class OutputStream:
         output, self._arrived = self._arrived, None
         return output
 
-    async def wait(self, timeout: float) -> bool:
-        """Waits until ``__anext__`` would return or raise at once; whether it would, after ``timeout`` seconds.
+    async def next_within(self, timeout: float) -> RequestOutput | None:
+        """The next output, as ``anext`` has it, or None when there is none after ``timeout`` seconds."""
+        if self._arrived is None and not self._ended:
+            self._set_timer(timeout)
+            await self._wait()
+            if self._arrived is None and not self._ended:
+                return None
+        return self._take()
 
-        One timer serves many calls in a row: setting one for each token would cost more than the rest of the waiting.
-        """
+    async def wait(self, timeout: float) -> bool:
+        """Waits until ``__anext__`` would return or raise at once; whether it would, after ``timeout`` seconds."""
         if not self._has_news:
-            self._wait_until = self._loop.time() + timeout
-            if self._timer is None:
-                self._timer = self._loop.call_later(timeout, _look_at_the_time, weakref.ref(self))
+            self._set_timer(timeout)
             await self._wait()
         return self._has_news
+
+    def _set_timer(self, timeout: float) -> None:
+        """Wakes who begins to wait now when it is time.
+
+        One timer serves many waits in a row: setting one for each token would cost more than the rest of the waiting.
+        """
+        self._wait_until = self._loop.time() + timeout
+        if self._timer is None:
+            self._timer = self._loop.call_later(timeout, _look_at_the_time, weakref.ref(self))
 
     def _look_at_the_time(self) -> None:
         """Wakes who has waited for long enough; else comes back when that will be so."""
@@ -332,8 +348,6 @@ class _LoopMailbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        # Not to keep streams alive that nobody reads any more.
-        self.streams: weakref.WeakValueDictionary[Ticket, OutputStream] = weakref.WeakValueDictionary()
 
     def post(self, items: list[Item]) -> None:
         """In the engine's thread."""
@@ -344,6 +358,5 @@ class _LoopMailbox:
 
     def _hand_out(self, items: list[Item]) -> None:
         for ticket, item in items:
-            stream = self.streams.get(ticket)
-            if stream is not None:
+            if (stream := ticket.reader()) is not None:
                 stream.put(item)

@@ -29,6 +29,7 @@ class Ticket:
     cancelled: bool = False
     done: bool = False  # nothing more comes
     last_token_times: dict[int, float] = field(default_factory=dict)  # by completion
+    reader: Any = None  # for the mailbox: who reads the outputs
 
     @property
     def weight(self) -> int:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jaxpaged import CompletionOutput, RequestOutput
-from jaxpaged.serve.server.event_stream import answer_unless_client_leaves, event
+from jaxpaged.serve.server.event_stream import event, unless_client_leaves
 from jaxpaged.serve.server.jobs import Job, new_job
 from jaxpaged.serve.server.logprob_formats import chat_logprobs
 from jaxpaged.serve.server.protocol import ChatCompletionRequest, Message
@@ -55,10 +55,10 @@ def chat_routes(service: Service) -> APIRouter:
         try:
             job.submit([ids], request.scope["state"].get("tenant", ""))
             if not body.stream:
-                (output,) = await answer_unless_client_leaves(request.receive, job.results())
+                (output,) = await unless_client_leaves(request.receive, job.results())
                 answer = _response(job, body, output)
                 return Response(answer.model_dump_json(), media_type="application/json")
-            await answer_unless_client_leaves(request.receive, job.first())
+            await unless_client_leaves(request.receive, job.first())
         except BaseException:
             job.close()
             raise

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from jaxpaged import CompletionOutput, RequestOutput
 from jaxpaged.errors import InvalidRequestError
 from jaxpaged.outputs import Logprob
-from jaxpaged.serve.server.event_stream import answer_unless_client_leaves, event
+from jaxpaged.serve.server.event_stream import event, unless_client_leaves
 from jaxpaged.serve.server.failures import RequestFailure
 from jaxpaged.serve.server.jobs import Job, new_job
 from jaxpaged.serve.server.logprob_formats import TextOffsets, completion_logprobs, prompt_logprobs
@@ -47,10 +47,10 @@ def completion_routes(service: Service) -> APIRouter:
         try:
             job.submit(prompts, request.scope["state"].get("tenant", ""))
             if not body.stream:
-                outputs = await answer_unless_client_leaves(request.receive, job.results())
+                outputs = await unless_client_leaves(request.receive, job.results())
                 answer = _response(job, body, outputs, echo)
                 return Response(answer.model_dump_json(), media_type="application/json")
-            await answer_unless_client_leaves(request.receive, job.first())
+            await unless_client_leaves(request.receive, job.first())
         except BaseException:
             job.close()
             raise
@@ -196,6 +196,8 @@ class _TextChunks:
         self._chunk = Chunk(job.id, OBJECT, job.service.created_now(), job.model, [], usage)
         self._continuous = options is not None and options.continuous_usage_stats
         self._offsets: dict[int, TextOffsets] = {}  # of the choices that have begun
+        plain = body.logprobs is None and not body.return_token_ids and not self._continuous
+        self._frames: dict[int, tuple[bytes, bytes]] | None = {} if plain else None
 
     def opening(self, number: int) -> bytes:
         """Nothing: what is echoed comes with the first output, which has its log-probabilities."""
@@ -206,10 +208,25 @@ class _TextChunks:
         data = b""
         for completion in output.outputs:
             index = number * self._body.n + completion.index
+            if self._frames is not None and completion.finish_reason is None and index in self._offsets:
+                data += self._text_event(index, completion.text)
+                continue
             choice = self._choice(number, index, output, completion)
             if choice is not None:
                 data += self._event([choice])
         return data
+
+    def _text_event(self, index: int, text: str) -> bytes:
+        """A chunk that brings text and nothing else, as most do: only the text is written anew."""
+        assert self._frames is not None, "not for such requests"
+        if not text:
+            return b""  # a part of a character, or text that may become a stop string
+        frame = self._frames.get(index)
+        if frame is None:
+            place = "\0"
+            before, _, after = self._event([TextChunkChoice(index, place)]).partition(self._encode(place))
+            frame = self._frames[index] = before, after
+        return frame[0] + self._encode(text) + frame[1]
 
     def _choice(
         self, number: int, index: int, output: RequestOutput, completion: CompletionOutput

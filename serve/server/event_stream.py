@@ -65,54 +65,34 @@ class EventStream(Response):
         def write(data: bytes) -> Awaitable[None]:
             return send_chunk({"type": "http.response.body", "body": data, "more_body": True})
 
-        if await unless_client_leaves(receive, self._produce(write)):
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        try:
+            await unless_client_leaves(receive, self._produce(write))
+        except ClientLeftError:
+            return
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, Any]) -> bool:
-    """Runs ``work`` unless the client leaves first, which cancels it; whether it ended by itself."""
-    task = asyncio.current_task()
-    assert task is not None, "not in a task"
-    watcher = asyncio.create_task(_client_left(receive))
-    left = False
+async def unless_client_leaves[T](receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which is cancelled when the client leaves first.
 
-    def cancel(_: object) -> None:
-        nonlocal left
-        if not watcher.cancelled():
-            left = True
-            task.cancel()
-
-    watcher.add_done_callback(cancel)
-    try:
-        await work
-    except asyncio.CancelledError:
-        if not left:
-            raise
-        task.uncancel()
-        return False
-    finally:
-        watcher.remove_done_callback(cancel)
-        watcher.cancel()
-    return True
-
-
-async def answer_unless_client_leaves[T](receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``.
+    It runs in a task of its own: each time that a coroutine goes on, Python passes through all that wait for it, and
+    around a route there are some thirty.
 
     Raises:
-      ClientLeftError: the client left first, and ``work`` was cancelled.
+      ClientLeftError: the client left first.
     """
-    results: list[T] = []
-
-    async def keep_result() -> None:
-        results.append(await work)
-
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_client_left(receive))
     try:
-        if await unless_client_leaves(receive, keep_result()):
-            return results[0]
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientLeftError
     finally:
-        work.close()
-    raise ClientLeftError
+        watcher.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
 
 
 async def _client_left(receive: Receive) -> None:

@@ -119,7 +119,8 @@ class Job:
 
     def note(self, output: RequestOutput) -> None:
         """Counts what an output brings."""
-        self._num_cached[output.request_id] = output.num_cached_tokens
+        if output.finished or output.request_id not in self._num_cached:
+            self._num_cached[output.request_id] = output.num_cached_tokens
         for completion in output.outputs:
             self.num_completion_tokens += len(completion.token_ids)
         if output.finished:

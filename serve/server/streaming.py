@@ -51,13 +51,13 @@ async def _pump(job: Job, number: int, stream: OutputStream, chunks: Chunks, wri
     interval = job.service.options.keep_alive_interval
     opening = chunks.opening(number)
     while True:
-        if not await stream.wait(interval):
-            await write(KEEP_ALIVE)
-            continue
         try:
-            output = await anext(stream)
+            output = await stream.next_within(interval)
         except StopAsyncIteration:
             return
+        if output is None:
+            await write(KEEP_ALIVE)
+            continue
         job.note(output)
         data = chunks.events(number, output)
         if opening:

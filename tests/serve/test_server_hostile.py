@@ -124,7 +124,8 @@ def test_a_reader_that_stops_is_cut_off_and_frees_what_it_had() -> None:
         # Log-probabilities make long chunks, so that buffers are full before the request has ended.
         fields: dict[str, Any] = {"max_tokens": 110, "ignore_eos": True, "logprobs": 20, "n": 8, "seed": 1}
         sock.sendall(request_bytes(prompt=[5, 6], stream=True, return_token_ids=True, **fields))
-        wait_until(lambda: live.engine.num_unfinished > 8)
+        connections = live.server.config.http.open_connections  # type: ignore[union-attr]
+        wait_until(lambda: connections.num_stalled == 1)
         wait_until(lambda: live.engine.num_unfinished <= 1)
         with sock:
             assert b"[DONE]" not in rest_of(sock)
