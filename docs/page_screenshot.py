@@ -148,7 +148,7 @@ def look(driver: Any, url: str, given: argparse.Namespace) -> bytes:
             "document.querySelector('.sampling').open = true;"
             "document.querySelector('[name=tint]').checked = true;"
             "document.querySelector('[name=temperature]').value = 0.8;"
-            "document.querySelector('[name=max_tokens]').value = 160;"
+            "document.querySelector('[name=max_tokens]').value = 400;"
             "document.querySelector('.sampling').open = false;"
             "document.querySelector('#sampling').dispatchEvent(new Event('input'));"
         )

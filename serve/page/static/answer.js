@@ -39,6 +39,7 @@ export class Answer {
     if (chunk.usage) this.#usage = chunk.usage;
     for (const choice of chunk.choices ?? []) {
       const text = choice.delta ? (choice.delta.content ?? "") : (choice.text ?? "");
+      if (!(choice.index in this.#choices)) continue;
       if (choice.finish_reason) this.#finish[choice.index] = choice.finish_reason;
       if (!text && !choice.logprobs) continue;
       this.#last = performance.now();

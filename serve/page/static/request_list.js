@@ -94,7 +94,7 @@ class RequestRow {
     const computed = Math.min(request.computed, request.prompt);
     this.prompt.style.width = `${(100 * computed) / whole}%`;
     this.output.style.width = `${(100 * request.sampled) / whole}%`;
-    this.swatch.style.background = map.byRequest ? map.colourOf(request.number) : "";
+    this.swatch.style.background = map.byRequest && state === "running" ? map.colourOf(request.number) : "";
     const about = [state, `${request.cached} prompt tokens from the cache`];
     if (request.preemptions) about.push(`preempted ${request.preemptions} times`);
     this.box.title = about.join(", ");

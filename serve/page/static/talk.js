@@ -89,12 +89,13 @@ export class Talk {
       return;
     }
     const tag = `page-${randomName()}`;
+    const conversation = this.#messages; // another one once it is cleared
     const body = { ...fields, request_id: tag, stream: true, stream_options: { include_usage: true } };
     if (this.model) body.model = this.model;
     if (kind === "chat") {
-      this.#messages.push({ role: "user", content: text });
+      conversation.push({ role: "user", content: text });
       const { system } = this.#sampling;
-      body.messages = [...(system ? [{ role: "system", content: system }] : []), ...this.#messages];
+      body.messages = [...(system ? [{ role: "system", content: system }] : []), ...conversation];
       this.#put(element("div", text, "message"));
       prompt.value = "";
     } else {
@@ -104,6 +105,7 @@ export class Talk {
     this.#put(answer.box);
     this.#lightOn(answer);
     await this.#stream(kind, body, answer, text);
+    if (kind === "chat") remember(conversation, answer);
   }
 
   async #stream(kind, body, answer, text) {
@@ -128,14 +130,7 @@ export class Talk {
     } finally {
       this.#abort = null;
       this.#busy(false);
-      if (kind === "chat") this.#remember(answer);
     }
-  }
-
-  /** The next message comes after this answer, or replaces one that was not answered at all. */
-  #remember(answer) {
-    if (answer.texts[0]) this.#messages.push({ role: "assistant", content: answer.texts[0] });
-    else this.#messages.pop();
   }
 
   #failed(kind, answer, error, text) {
@@ -210,4 +205,10 @@ export class Talk {
 
 function randomName() {
   return [...crypto.getRandomValues(new Uint8Array(6))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** The next message comes after this answer, or replaces one that was not answered at all. */
+function remember(conversation, answer) {
+  if (answer.texts[0]) conversation.push({ role: "assistant", content: answer.texts[0] });
+  else conversation.pop();
 }
