@@ -1,7 +1,7 @@
 """Who holds which block of KV memory: reference counts and a free queue, plain ints, O(1) each."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 
 DUMMY_BLOCK = 0
 
@@ -64,6 +64,11 @@ class BlockAllocator:
         several = {count: self._shared[count] for count in sorted(self._shared) if self._shared[count]}
         single = self.num_live - sum(several.values())
         return {1: single, **several} if single else several
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """How many hold each block, by id; to be read, and only until something changes."""
+        return self._counts
 
     def count(self, block: int) -> int:
         """How many hold a block."""

@@ -1,5 +1,6 @@
 """The trace of block states: what each state means, and that a long run stays whole in bounded memory."""
 
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -90,16 +91,26 @@ def test_states_that_are_not_kept_are_not_computed() -> None:
     class Counting(PrefixCache):
         num_looks = 0
 
-        def __contains__(self, block: int) -> bool:
+        @property
+        def blocks(self) -> Collection[int]:
             self.num_looks += 1
-            return super().__contains__(block)
+            return super().blocks
 
     allocator, cache = BlockAllocator(2), Counting()
     trace = BlockTrace(2, max_steps=4)
     for step in range(1, 33):
         trace.observe(step, allocator, cache)
     assert (trace.steps, trace.stride) == ([1, 9, 17, 25], 8)
-    assert cache.num_looks == 2 * (4 + 2 + 2 + 2)  # two blocks; after each halving two more samples
+    assert cache.num_looks == 4 + 2 + 2 + 2  # after each halving two more samples
+
+
+@pytest.mark.parametrize("num_holders", [2, 255, 256, 1000])
+def test_blocks_of_many_holders_are_shared(num_holders: int) -> None:
+    allocator, cache = BlockAllocator(4), PrefixCache()
+    block = allocator.allocate()
+    for _ in range(num_holders - 1):
+        allocator.hold(block)
+    assert block_states(allocator, cache)[block] == SHARED
 
 
 @given(st.integers(2, 9), st.integers(0, 80))
