@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jaxpaged import CompletionOutput, RequestOutput
-from jaxpaged.serve.server.event_stream import event, unless_client_leaves
 from jaxpaged.serve.server.jobs import Job, new_job
 from jaxpaged.serve.server.logprob_formats import chat_logprobs
 from jaxpaged.serve.server.protocol import ChatCompletionRequest, Message
@@ -18,13 +16,12 @@ from jaxpaged.serve.server.responses import (
     ChatCompletionResponse,
     ChatLogprobs,
     ChatMessage,
-    Chunk,
     ChunkDelta,
 )
 from jaxpaged.serve.server.route_docs import GENERATION_RESPONSES
 from jaxpaged.serve.server.sampling import chat_params, refuse_unsupported
 from jaxpaged.serve.server.service import Service
-from jaxpaged.serve.server.streaming import event_stream, finish_reason
+from jaxpaged.serve.server.streaming import ChunkEvents, answer, finish_reason
 
 OBJECT = "chat.completion.chunk"
 
@@ -52,17 +49,8 @@ def chat_routes(service: Service) -> APIRouter:
         )
         ids = await service.encode(prompt, add_special_tokens=body.add_special_tokens is True)
         service.check_prompt_ids(ids)
-        try:
-            job.submit([ids], request.scope["state"].get("tenant", ""))
-            if not body.stream:
-                (output,) = await unless_client_leaves(request.receive, job.results())
-                answer = _response(job, body, output)
-                return Response(answer.model_dump_json(), media_type="application/json")
-            await unless_client_leaves(request.receive, job.first())
-        except BaseException:
-            job.close()
-            raise
-        return event_stream(job, _ChatChunks(job, body))
+        chunks = _ChatChunks(job, body)
+        return await answer(job, [ids], request, lambda outputs: _response(job, body, outputs[0]), chunks)
 
     return router
 
@@ -116,16 +104,12 @@ class _ChatChunks:
 
     def __init__(self, job: Job, body: ChatCompletionRequest) -> None:
         self._job, self._body = job, body
-        self._encode = msgspec.json.Encoder().encode
-        options = body.stream_options
-        usage = None if options is not None and options.include_usage else msgspec.UNSET
-        self._chunk = Chunk(job.id, OBJECT, job.service.created_now(), job.model, [], usage)
-        self._continuous = options is not None and options.continuous_usage_stats
+        self._write = ChunkEvents(job, OBJECT)
 
     def opening(self, number: int) -> bytes:
         """A chunk with the role, for each answer."""
         delta = ChunkDelta(role="assistant", content="")
-        return b"".join(self._event([ChatChunkChoice(index, delta)]) for index in range(self._body.n))
+        return b"".join(self._write.event([ChatChunkChoice(index, delta)]) for index in range(self._body.n))
 
     def events(self, number: int, output: RequestOutput) -> bytes:
         """A chunk for each answer that has something new."""
@@ -141,16 +125,9 @@ class _ChatChunks:
                 choice.stop_reason = completion.stop_reason
             if self._body.return_token_ids:
                 choice.token_ids = completion.token_ids
-            data += self._event([choice])
+            data += self._write.event([choice])
         return data
-
-    def _event(self, choices: list[Any]) -> bytes:
-        self._chunk.choices = choices
-        if self._continuous:
-            self._chunk.usage = self._job.chunk_usage()
-        return event(self._encode(self._chunk))
 
     def usage(self) -> bytes:
         """The last chunk."""
-        self._chunk.choices, self._chunk.usage = [], self._job.chunk_usage()
-        return event(self._encode(self._chunk))
+        return self._write.usage()

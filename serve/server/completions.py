@@ -10,13 +10,11 @@ from starlette.responses import Response
 from jaxpaged import CompletionOutput, RequestOutput
 from jaxpaged.errors import InvalidRequestError
 from jaxpaged.outputs import Logprob
-from jaxpaged.serve.server.event_stream import event, unless_client_leaves
 from jaxpaged.serve.server.failures import RequestFailure
 from jaxpaged.serve.server.jobs import Job, new_job
 from jaxpaged.serve.server.logprob_formats import TextOffsets, completion_logprobs, prompt_logprobs
 from jaxpaged.serve.server.protocol import CompletionRequest
 from jaxpaged.serve.server.responses import (
-    Chunk,
     CompletionChoice,
     CompletionLogprobs,
     CompletionResponse,
@@ -25,7 +23,7 @@ from jaxpaged.serve.server.responses import (
 from jaxpaged.serve.server.route_docs import GENERATION_RESPONSES
 from jaxpaged.serve.server.sampling import completion_params, refuse_unsupported
 from jaxpaged.serve.server.service import Service
-from jaxpaged.serve.server.streaming import event_stream, finish_reason
+from jaxpaged.serve.server.streaming import ChunkEvents, answer, finish_reason
 
 OBJECT = "text_completion"
 
@@ -44,17 +42,10 @@ def completion_routes(service: Service) -> APIRouter:
         service.check_params(params)
         texts, prompts = await _read_prompts(service, body)
         echo = _Echo(service, body, texts, prompts)
-        try:
-            job.submit(prompts, request.scope["state"].get("tenant", ""))
-            if not body.stream:
-                outputs = await unless_client_leaves(request.receive, job.results())
-                answer = _response(job, body, outputs, echo)
-                return Response(answer.model_dump_json(), media_type="application/json")
-            await unless_client_leaves(request.receive, job.first())
-        except BaseException:
-            job.close()
-            raise
-        return event_stream(job, _TextChunks(job, body, echo))
+        chunks = _TextChunks(job, body, echo)
+        return await answer(
+            job, prompts, request, lambda outputs: _response(job, body, outputs, echo), chunks
+        )
 
     return router
 
@@ -190,13 +181,9 @@ class _TextChunks:
 
     def __init__(self, job: Job, body: CompletionRequest, echo: _Echo) -> None:
         self._job, self._body, self._echo = job, body, echo
-        self._encode = msgspec.json.Encoder().encode
-        options = body.stream_options
-        usage = None if options is not None and options.include_usage else msgspec.UNSET
-        self._chunk = Chunk(job.id, OBJECT, job.service.created_now(), job.model, [], usage)
-        self._continuous = options is not None and options.continuous_usage_stats
+        self._write = ChunkEvents(job, OBJECT)
         self._offsets: dict[int, TextOffsets] = {}  # of the choices that have begun
-        plain = body.logprobs is None and not body.return_token_ids and not self._continuous
+        plain = body.logprobs is None and not body.return_token_ids and not self._write.has_usage
         self._frames: dict[int, tuple[bytes, bytes]] | None = {} if plain else None
 
     def opening(self, number: int) -> bytes:
@@ -213,7 +200,7 @@ class _TextChunks:
                 continue
             choice = self._choice(number, index, output, completion)
             if choice is not None:
-                data += self._event([choice])
+                data += self._write.event([choice])
         return data
 
     def _text_event(self, index: int, text: str) -> bytes:
@@ -224,9 +211,11 @@ class _TextChunks:
         frame = self._frames.get(index)
         if frame is None:
             place = "\0"
-            before, _, after = self._event([TextChunkChoice(index, place)]).partition(self._encode(place))
+            before, _, after = self._write.event([TextChunkChoice(index, place)]).partition(
+                self._write.encode(place)
+            )
             frame = self._frames[index] = before, after
-        return frame[0] + self._encode(text) + frame[1]
+        return frame[0] + self._write.encode(text) + frame[1]
 
     def _choice(
         self, number: int, index: int, output: RequestOutput, completion: CompletionOutput
@@ -252,15 +241,8 @@ class _TextChunks:
             choice.prompt_logprobs = found
         return choice
 
-    def _event(self, choices: list[Any]) -> bytes:
-        self._chunk.choices = choices
-        if self._continuous:
-            self._chunk.usage = self._job.chunk_usage()
-        return event(self._encode(self._chunk))
-
     def usage(self) -> bytes:
         """The last chunk."""
         if self._echo.alone:
             self._job.num_completion_tokens = 0
-        self._chunk.choices, self._chunk.usage = [], self._job.chunk_usage()
-        return event(self._encode(self._chunk))
+        return self._write.usage()

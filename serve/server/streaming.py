@@ -1,14 +1,27 @@
 """Streams of chunks: from the engine's outputs to events, for one prompt or several at once."""
 
 import asyncio
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+from fastapi import Request
+from pydantic import BaseModel
+from starlette.responses import Response
 
 from jaxpaged import RequestOutput
 from jaxpaged.serve.async_engine import OutputStream
-from jaxpaged.serve.server.event_stream import DONE, KEEP_ALIVE, EventStream, Write, event
+from jaxpaged.serve.server.event_stream import (
+    DONE,
+    KEEP_ALIVE,
+    EventStream,
+    Write,
+    event,
+    unless_client_leaves,
+)
 from jaxpaged.serve.server.failures import RequestFailure
 from jaxpaged.serve.server.jobs import Job
+from jaxpaged.serve.server.responses import Chunk
 
 
 class Chunks(Protocol):
@@ -22,6 +35,57 @@ class Chunks(Protocol):
 
     def usage(self) -> bytes:
         """A chunk without choices, with the usage of the whole request."""
+
+
+class ChunkEvents:
+    """Chunks of one answer as events: what they have in common, and the usage where a client wants it."""
+
+    def __init__(self, job: Job, kind: str) -> None:
+        self._job = job
+        self.encode = msgspec.json.Encoder().encode
+        options = job.body.stream_options
+        usage = None if options is not None and options.include_usage else msgspec.UNSET
+        self._chunk = Chunk(job.id, kind, job.service.created_now(), job.model, [], usage)
+        self.has_usage = options is not None and options.continuous_usage_stats
+
+    def event(self, choices: list[Any]) -> bytes:
+        """A chunk with some choices."""
+        self._chunk.choices = choices
+        if self.has_usage:
+            self._chunk.usage = self._job.chunk_usage()
+        return event(self.encode(self._chunk))
+
+    def usage(self) -> bytes:
+        """The last chunk, with the usage of the whole request and no choices."""
+        self._chunk.choices, self._chunk.usage = [], self._job.chunk_usage()
+        return event(self.encode(self._chunk))
+
+
+async def answer(
+    job: Job,
+    prompts: Sequence[Sequence[int]],
+    request: Request,
+    whole: Callable[[Sequence[RequestOutput]], BaseModel],
+    chunks: Chunks,
+) -> Response:
+    """Has the engine do a job and answers with the ``whole`` of it or with a stream of ``chunks``.
+
+    What is wrong before the first token has a status of its own in either case.
+
+    Raises:
+      RequestFailure: the job failed.
+      ClientLeftError: nobody waits for it any more.
+    """
+    try:
+        job.submit(prompts, request.scope["state"].get("tenant", ""))
+        if not job.body.stream:
+            outputs = await unless_client_leaves(request.receive, job.results())
+            return Response(whole(outputs).model_dump_json(), media_type="application/json")
+        await unless_client_leaves(request.receive, job.first())
+    except BaseException:
+        job.close()
+        raise
+    return event_stream(job, chunks)
 
 
 def event_stream(job: Job, chunks: Chunks) -> EventStream:
