@@ -78,12 +78,9 @@ class EngineOptions:
     ] = None
     seed: Annotated[int | None, _engine(help="The same seed gives the same text.")] = None
     warmup: Annotated[
-        bool | None,
-        _engine(
-            "--warmup/--no-warmup",
-            help="Compile every bucket before the first request. [dim]Default: only serve does.[/]",
-        ),
-    ] = None
+        bool,
+        _engine("--warmup", help="Compile every bucket before the first request; serve does in any case."),
+    ] = False
     compilation_cache: Annotated[
         Path | None,
         _engine(help="Folder for compiled programs. [dim]Default: jaxpaged in the user's cache folder.[/]"),
@@ -108,7 +105,7 @@ class EngineOptions:
         from jaxpaged import Engine
 
         given = {name: getattr(self, name) for name in _AS_THEY_ARE}
-        given |= {"deterministic": self.deterministic or None}
+        given |= {"warmup": self.warmup or None, "deterministic": self.deterministic or None}
         given |= {"enable_prefix_caching": not self.no_prefix_caching}
         given["async_scheduling"] = _switch("--async-scheduling", self.async_scheduling)
         arguments = changes | {name: value for name, value in given.items() if value is not None}
@@ -132,7 +129,6 @@ _AS_THEY_ARE = (
     "preemption_mode",
     "attention",
     "seed",
-    "warmup",
 )
 
 

@@ -14,7 +14,7 @@ from jaxpaged.serve.server.options import ServerOptions
 # Options of ``jaxpaged serve`` about connections, which are those of Ray's proxies here.
 OF_THE_PROXIES = ("port", "header_timeout", "send_timeout", "max_connections")
 # The page shows the memory of one engine, and its feed never ends; Ray buffers without a bound for slow readers.
-SERVER_DEFAULTS = {"page": False}
+SERVER_DEFAULTS = {"no_page": True}
 # A batch that is a quarter full takes one more sequence almost for free.
 ALLOWANCE_OF_BATCH = 0.25
 # Room for what comes while a new replica starts.

@@ -41,7 +41,13 @@ class ServerOptions:
         list[str] | None,
         _option(SERVER, help="Name by which a server at localhost may be called; repeatable."),
     ] = None
-    page: Annotated[bool, _option(SERVER, "--page/--no-page", help="The page at /.")] = True
+    no_page: Annotated[bool, _option(SERVER, "--no-page", help="Leave out the page at /.")] = False
+    no_warmup: Annotated[
+        bool,
+        _option(
+            SERVER, "--no-warmup", help="Compile a bucket when a request first needs it, which then waits."
+        ),
+    ] = False
     share_prefixes: Annotated[
         bool,
         _option(SERVER, "--share-prefixes", help="Let requests of different API keys share cached prefixes."),
@@ -113,6 +119,11 @@ class ServerOptions:
         for name in ("max_prompt_tokens", "max_queue_time"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
+
+    @property
+    def page(self) -> bool:
+        """Whether there is the page at ``/``."""
+        return not self.no_page
 
     def _check(self, name: str, low: int) -> None:
         if not getattr(self, name) >= low:

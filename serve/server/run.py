@@ -99,7 +99,7 @@ def engine_maker(
             changes["tokenizer"] = tokenizer.with_chat_template(options.chat_template)
         engine = dataclasses.replace(engine_options, warmup=False).open(**changes)
         try:
-            if engine_options.warmup is not False:
+            if not options.no_warmup:
                 engine.warm_up(
                     lambda done, total: tell(
                         StartProgress("compiling", done, total, time.monotonic() - begun)

@@ -1,5 +1,7 @@
 """``bench serve`` as a command of its own, for tests in this process and in others."""
 
+import signal
+
 import typer
 from typer.testing import CliRunner, Result
 
@@ -25,4 +27,6 @@ def run(*arguments: object) -> Result:
 
 
 if __name__ == "__main__":
+    # Whoever started the tests in the background of a shell had it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     app()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import json
 import socket
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 
 from jaxpaged import Engine, SamplingParams
+from jaxpaged.chat_template import ChatTemplate
 from jaxpaged.serve.async_engine import AsyncEngine
 from jaxpaged.serve.engine_thread import MakeEngine
 from jaxpaged.serve.server.app import Application, build_app
@@ -79,8 +81,7 @@ def chatting(**switches: Any) -> Engine:
     """A tiny engine whose tokenizer has a chat template."""
     engine = tiny(**switches)
     assert engine.tokenizer is not None
-    from jaxpaged.chat_template import ChatTemplate
-
+    engine.tokenizer = copy.copy(engine.tokenizer)  # others use it, too
     engine.tokenizer._chat_template = ChatTemplate(CHAT_TEMPLATE, "a test")
     return engine
 

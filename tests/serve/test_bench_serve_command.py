@@ -279,7 +279,10 @@ def test_control_c_shows_what_was_measured(tmp_path: Path) -> None:
         )
         wait_until(lambda: len(server.requests) == 3)  # one at a time: two have been answered
         process.send_signal(signal.SIGINT)
-        shown, said = process.communicate(timeout=DEADLINE)
+        try:
+            shown, said = process.communicate(timeout=DEADLINE)
+        finally:
+            process.kill()
     assert process.returncode == 130, said
     assert "unfinished" in shown
     assert "interrupted" in shown

@@ -48,7 +48,7 @@ async def ask(
     """What an ingress before ``handle`` answers."""
     context = SimpleNamespace(replica_tag="i1")
     monkeypatch.setattr(ingress_module.serve, "get_replica_context", lambda: context)
-    options = options or ServerOptions(page=False)
+    options = options or ServerOptions(no_page=True)
     ingress = Ingress(handle, options, ["tiny"], replica_wait=0.05)
     transport = httpx.ASGITransport(ingress.run)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
@@ -133,7 +133,7 @@ async def test_failure_inside_is_not_tried_again(monkeypatch: pytest.MonkeyPatch
 
 @asynchronous
 async def test_what_the_guards_refuse_goes_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ServerOptions(api_key=["a", "b"], page=False, max_body_bytes=1000)
+    options = ServerOptions(api_key=["a", "b"], no_page=True, max_body_bytes=1000)
     handle = Handle([answer("r1")])
     known = {"Authorization": "Bearer b"}
     refused = [

@@ -42,9 +42,9 @@ def test_text_becomes_what_an_option_is() -> None:
 
 def test_defaults_are_those_of_the_server_but_for_the_page() -> None:
     parsed = Arguments.parse({})
-    assert parsed.server == ServerOptions(page=False)
+    assert parsed.server == ServerOptions(no_page=True)
     assert parsed.ray == RayOptions()
-    assert Arguments.parse({"page": "true"}).server.page
+    assert Arguments.parse({"no_page": "false"}).server.page
 
 
 def test_model_is_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +275,7 @@ def test_guards_of_the_ingress_are_those_of_the_server(tmp_path: Path) -> None:
     inner = without_access_checks(guards)
     assert (inner.api_keys, inner.allowed_origins, inner.allowed_hosts) == ((), (), ("*",))
     assert inner.max_body_bytes == 9
-    assert guard_options(ServerOptions(page=False)).public_paths == ("/health",)
+    assert guard_options(ServerOptions(no_page=True)).public_paths == ("/health",)
 
 
 # Scaling.
