@@ -7,7 +7,6 @@ import logging
 import resource
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -29,9 +28,6 @@ from jaxpaged.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
-# How long a thread may keep the interpreter from another that has something to do. The engine's thread shares it with
-# the event loop: with Python's 5 ms a step would wait for that long behind the writing of chunks.
-SWITCH_INTERVAL = 0.0005
 # Connections end by themselves once their answers have been sent; after so many seconds they are closed.
 CLOSE_TIMEOUT = 5
 # Longer than clients keep a connection in their pools, so that they do not send on one that is just being closed.
@@ -52,7 +48,6 @@ def run_serve(options: ServerOptions, engine_options: EngineOptions) -> None:
     allow_open_files()
     engine = AsyncEngine(engine_maker(options, engine_options), max_queue_length=options.max_queue_length)
     try:
-        sys.setswitchinterval(SWITCH_INTERVAL)
         application = build_app(engine, options, served_names(options, engine_options))
         server = Server(application, options)
         host, port = sock.getsockname()[:2]
