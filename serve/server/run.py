@@ -49,7 +49,7 @@ def run_serve(options: ServerOptions, engine_options: EngineOptions) -> None:
     engine = AsyncEngine(engine_maker(options, engine_options), max_queue_length=options.max_queue_length)
     try:
         application = build_app(engine, options, served_names(options, engine_options))
-        server = Server(application, options)
+        server = Server(application, options, owns_process=True)
         host, port = sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         stderr().print(f"listening at http://{shown}:{port}", markup=False, highlight=False, soft_wrap=True)
@@ -132,10 +132,13 @@ class Server(uvicorn.Server):
 
     While it drains, ``/health`` and new requests are answered with 503, so that whoever balances load goes elsewhere,
     and what is under way goes on for ``drain_timeout`` seconds, or until a second signal; then it is aborted, which
-    its clients are told.
+    its clients are told. ``owns_process``: nothing else lives in this process, so that what there is when the engine is
+    ready may stay out of the garbage collector's sight.
     """
 
-    def __init__(self, application: Application, options: ServerOptions) -> None:
+    def __init__(
+        self, application: Application, options: ServerOptions, *, owns_process: bool = False
+    ) -> None:
         limits = ConnectionLimits(
             header_timeout=options.header_timeout,
             send_timeout=options.send_timeout,
@@ -157,6 +160,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self.failure: Exception | None = None
+        self._owns_process = owns_process
         self._engine = application.service.engine
         self._drain_timeout = options.drain_timeout
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -179,9 +183,10 @@ class Server(uvicorn.Server):
                 self.failure = cause if isinstance(cause, Exception) else error
             self.should_exit = True
         else:
-            # What lives as long as the process need not be looked through again and again.
-            gc.collect()
-            gc.freeze()
+            if self._owns_process:
+                # What lives as long as the process need not be looked through again and again.
+                gc.collect()
+                gc.freeze()
             stderr().print(
                 f"ready after {self._engine.progress.seconds:.1f} s", markup=False, highlight=False
             )

@@ -18,8 +18,9 @@ import pytest
 
 from jaxpaged import Engine
 from jaxpaged.serve.engine_thread import StartProgress
+from jaxpaged.serve.server.run import listening_socket
 from tests.serve.asynchronous import TIMEOUT, wait_until
-from tests.serve.command_line import SMALL
+from tests.serve.command_line import SMALL, run
 from tests.serve.live_server import chatting, live_server
 from tests.serve.served_engines import break_steps
 
@@ -177,25 +178,26 @@ def test_sigterm_while_it_compiles_ends_it_soon(checkpoint: Path, tmp_path: Path
         process.end()
 
 
-@pytest.mark.slow
-def test_what_cannot_start_says_why(checkpoint: Path) -> None:
-    first = Process(checkpoint)
-    try:
-        for arguments, named in (
-            (("--port", first.port), f"--port={first.port}: cannot be listened at"),
-            (("--max-n", "0"), "max_n=0"),
-            (("--dtype", "int3"), "dtype='int3'"),
-            (("--chat-template", "nowhere.jinja"), "nowhere.jinja"),
-        ):
-            second = subprocess.run(
-                [sys.executable, "-m", "jaxpaged.serve", "serve", str(checkpoint), "--port", "0", *arguments],
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT,
-                check=False,
-            )
-            assert second.returncode in (1, 2)
-            assert named in second.stderr
-            assert "Traceback" not in second.stderr
-    finally:
-        first.end()
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--max-n", "0"), "max_n=0"),
+        (("--dtype", "int3"), "dtype='int3'"),
+        (("--chat-template", "nowhere.jinja"), "nowhere.jinja"),
+        (("--api-key-file", "nowhere.txt"), "nowhere.txt"),
+    ],
+)
+def test_what_cannot_start_says_why(checkpoint: Path, arguments: tuple[str, ...], named: str) -> None:
+    result = run("serve", checkpoint, "--port", "0", *SMALL, *arguments)
+    assert result.exit_code in (1, 2)
+    assert named in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_port_that_is_taken_is_named(checkpoint: Path) -> None:
+    with listening_socket("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = run("serve", checkpoint, "--port", port)
+    assert result.exit_code == 2
+    assert f"--port={port}: cannot be listened at" in result.stderr
