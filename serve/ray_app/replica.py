@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import sys
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
 
@@ -16,7 +15,7 @@ from jaxpaged.serve.ray_app.autoscaling import SEQUENCES
 from jaxpaged.serve.ray_app.forwarding import ForwardedRequest, Head, Responder
 from jaxpaged.serve.server.app import build_app
 from jaxpaged.serve.server.options import ServerOptions
-from jaxpaged.serve.server.run import SWITCH_INTERVAL, engine_maker
+from jaxpaged.serve.server.run import engine_maker
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,6 @@ class Replica:
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self, engine: EngineOptions, options: ServerOptions, names: Sequence[str]
     ) -> None:
-        sys.setswitchinterval(SWITCH_INTERVAL)
         self.name = serve.get_replica_context().replica_tag
         options = options_of_replica(options, self.name)
         self._engine = AsyncEngine(engine_maker(options, engine), max_queue_length=options.max_queue_length)
