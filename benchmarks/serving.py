@@ -120,7 +120,8 @@ class Served:
             before = self._loop_seconds()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             spent = self._loop_seconds() - before
-            return {"loop_seconds": spent, **json.loads(target.read_text())}
+            found = json.loads(target.read_text())
+            return {"loop_seconds": spent, "result": found["result"], "client": found["client"]}
 
     def __enter__(self) -> Self:
         return self

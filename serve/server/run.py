@@ -111,7 +111,7 @@ def engine_maker(
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to an address, which tells at once whether it can be.
+    """A socket that listens at an address; tells at once when it cannot.
 
     Raises:
       ValueError: it cannot.
@@ -121,6 +121,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
+        sock.listen(BACKLOG)  # whoever connects from now on waits, and is not refused
     except OSError as error:
         sock.close()
         raise ValueError(f"--host={host} --port={port}: cannot be listened at: {error.strerror}") from None

@@ -196,7 +196,6 @@ def test_what_cannot_start_says_why(checkpoint: Path, arguments: tuple[str, ...]
 
 def test_a_port_that_is_taken_is_named(checkpoint: Path) -> None:
     with listening_socket("127.0.0.1", 0) as taken:
-        taken.listen()
         port = taken.getsockname()[1]
         result = run("serve", checkpoint, "--port", port)
     assert result.exit_code == 2
