@@ -86,7 +86,8 @@ class Served:
         command += ["--no-prefix-caching", *arguments.server_option]
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
         self._process = subprocess.Popen(command, stderr=self._log)
-        self._url = f"http://127.0.0.1:{self._wait_for(r'listening at http://127.0.0.1:(\d+)')}"
+        port = self._wait_for(r"listening at http://127.0.0.1:(\d+)")
+        self._url = f"http://127.0.0.1:{port}"
         self._wait_for(r"(ready) after")
 
     def _wait_for(self, pattern: str) -> str:

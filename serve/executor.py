@@ -16,7 +16,7 @@ from jaxpaged.models import Decoder
 from jaxpaged.records import IterationRecord, RequestRecord
 from jaxpaged.serve.engine_errors import EngineUnavailableError, QueueFullError
 from jaxpaged.serve.engine_thread import EngineThread, check_limit
-from jaxpaged.serve.responses import Response, Responses
+from jaxpaged.serve.executor_responses import Response, Responses
 from jaxpaged.serve.tickets import Ticket
 
 __all__ = ["Executor", "ExecutorRequest", "Response"]

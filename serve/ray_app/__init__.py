@@ -11,7 +11,7 @@ same. The ``Ingress`` guards (keys, sizes, hosts), reads what a prompt begins wi
 ``PrefixRouter`` chooses the replica. Needs the extra ``ray``.
 
 Ray carries chunks from process to process. With the variable ``RAY_SERVE_USE_GRPC_BY_DEFAULT=1``, which is Ray's and
-has to be set when the cluster is started, that costs about half.
+has to be set when the cluster is started, that costs less.
 """
 
 from typing import TYPE_CHECKING

@@ -13,7 +13,6 @@ MAX_BATCH = 1024  # prompts of one request, whatever the server's own limit is
 MAX_MESSAGES = 4096
 MAX_NAME_CHARS = 256
 
-TokenIds = list[int]
 Ids = Annotated[list[int], Field(max_length=1 << 20)]
 Stop = Annotated[str, Field(max_length=1024)] | Annotated[list[str], Field(max_length=64)]
 
