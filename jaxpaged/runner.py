@@ -322,7 +322,7 @@ def _copy(state: DeviceState, pairs: jax.Array) -> DeviceState:
     return state._replace(pool=copy_blocks(state.pool, pairs[0], pairs[1]))
 
 
-def _gather(state: DeviceState, block_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gather(state: DeviceState, block_ids: jax.Array) -> tuple[jax.Array, ...]:
     return gather_blocks(state.pool, block_ids)
 
 

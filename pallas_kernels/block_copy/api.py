@@ -1,11 +1,14 @@
-"""Block moves, over all layers at once: copies for copy-on-write, swapping out to the host and in again."""
+"""Block moves, over all layers at once: copies for copy-on-write, swapping out to the host and in again.
 
-from collections.abc import Callable
+Blocks are moved as they are, codes and scales of a quantised pool too.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 
-from jaxpaged.pallas_kernels.batch import KVPool
+from jaxpaged.pallas_kernels.batch import KVPool, MixedKVPool
 from jaxpaged.pallas_kernels.block_copy import reference, xla
 from jaxpaged.pallas_kernels.pool_moves import best_implementation
 
@@ -14,8 +17,8 @@ class BlockMoves(NamedTuple):
     """One implementation of the three operations."""
 
     copy: Callable[[KVPool, jax.Array, jax.Array], KVPool]
-    gather: Callable[[KVPool, jax.Array], tuple[jax.Array, jax.Array]]
-    scatter: Callable[[KVPool, jax.Array, jax.Array, jax.Array], KVPool]
+    gather: Callable[[KVPool, jax.Array], tuple[jax.Array, ...]]
+    scatter: Callable[..., KVPool]
 
 
 # The kernels are imported where they are used: Mosaic GPU takes a quarter of a second to load.
@@ -25,16 +28,16 @@ def _copy_mosaic_gpu(kv_pool: KVPool, sources: jax.Array, targets: jax.Array) ->
     return copy_blocks_mosaic_gpu(kv_pool, sources, targets)
 
 
-def _gather_mosaic_gpu(kv_pool: KVPool, block_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gather_mosaic_gpu(kv_pool: KVPool, block_ids: jax.Array) -> tuple[jax.Array, ...]:
     from jaxpaged.pallas_kernels.block_copy.mosaic_gpu import gather_blocks_mosaic_gpu
 
     return gather_blocks_mosaic_gpu(kv_pool, block_ids)
 
 
-def _scatter_mosaic_gpu(kv_pool: KVPool, block_ids: jax.Array, k: jax.Array, v: jax.Array) -> KVPool:
+def _scatter_mosaic_gpu(kv_pool: KVPool, block_ids: jax.Array, *contents: jax.Array) -> KVPool:
     from jaxpaged.pallas_kernels.block_copy.mosaic_gpu import scatter_blocks_mosaic_gpu
 
-    return scatter_blocks_mosaic_gpu(kv_pool, block_ids, k, v)
+    return scatter_blocks_mosaic_gpu(kv_pool, block_ids, *contents)
 
 
 IMPLEMENTATIONS: dict[str, BlockMoves] = {
@@ -46,15 +49,15 @@ IMPLEMENTATIONS: dict[str, BlockMoves] = {
 }
 
 
-def copy_blocks(
-    kv_pool: KVPool, sources: jax.Array, targets: jax.Array, *, implementation: str | None = None
-) -> KVPool:
+def copy_blocks[Pool: (KVPool, MixedKVPool)](
+    kv_pool: Pool, sources: jax.Array, targets: jax.Array, *, implementation: str | None = None
+) -> Pool:
     """Copies whole blocks inside the pool, in every layer; in place when the pool is donated.
 
     All sources are read before any target is written, so that chains and swaps do what they say.
 
     Args:
-      kv_pool: see ``KVPool``.
+      kv_pool: see ``KVPool`` and ``MixedKVPool``.
       sources, targets: int32 ``[P]``, block ids; pad with 0 (the dummy block onto itself). Targets other than
         0 are distinct.
       implementation: ``"reference"`` (outside of jit only), ``"xla"``, ``"mosaic_gpu"``, or None for the best one
@@ -71,21 +74,25 @@ def copy_blocks(
         raise ValueError(
             f"copy_blocks: sources.shape={sources.shape}, targets.shape={targets.shape} must be one [P]"
         )
-    return _moves("copy_blocks", kv_pool, implementation).copy(kv_pool, sources, targets)
+    copied: list[jax.Array] = []
+    for part in kv_pool.parts:
+        copied += _moves("copy_blocks", part, implementation).copy(part, sources, targets).arrays
+    return kv_pool.with_arrays(copied)
 
 
 def gather_blocks(
-    kv_pool: KVPool, block_ids: jax.Array, *, implementation: str | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Copies whole blocks of every layer out of the pool, into two contiguous arrays to send to the host.
+    kv_pool: KVPool | MixedKVPool, block_ids: jax.Array, *, implementation: str | None = None
+) -> tuple[jax.Array, ...]:
+    """Copies whole blocks of every layer out of the pool, into contiguous arrays to send to the host.
 
     Args:
-      kv_pool: see ``KVPool``.
+      kv_pool: see ``KVPool`` and ``MixedKVPool``.
       block_ids: int32 ``[P]``; pad with 0, the dummy block.
       implementation: as in ``copy_blocks``.
 
     Returns:
-      k, v: ``[L, P, Hkv, S, D]`` in the pool's dtype.
+      For each of ``kv_pool.arrays``, ``[L*N, Hkv, S, ...]``, one of its dtype, ``[L, P, Hkv, S, ...]``: of an ordinary
+      pool k and v.
 
     Raises:
       ValueError: ``block_ids`` is no vector, an unknown implementation.
@@ -93,20 +100,23 @@ def gather_blocks(
     """
     if block_ids.ndim != 1:
         raise ValueError(f"gather_blocks: block_ids.shape={block_ids.shape} must be [P]")
-    return _moves("gather_blocks", kv_pool, implementation).gather(kv_pool, block_ids)
+    gathered: tuple[jax.Array, ...] = ()
+    for part in kv_pool.parts:
+        gathered += _moves("gather_blocks", part, implementation).gather(part, block_ids)
+    return gathered
 
 
-def scatter_blocks(
-    kv_pool: KVPool, block_ids: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str | None = None
-) -> KVPool:
+def scatter_blocks[Pool: (KVPool, MixedKVPool)](
+    kv_pool: Pool, block_ids: jax.Array, *contents: jax.Array, implementation: str | None = None
+) -> Pool:
     """Writes whole blocks of every layer into the pool: the inverse of ``gather_blocks``.
 
     In place when the pool is donated.
 
     Args:
-      kv_pool: see ``KVPool``.
+      kv_pool: see ``KVPool`` and ``MixedKVPool``.
       block_ids: int32 ``[P]``, where they go; pad with 0, the dummy block. Those other than 0 are distinct.
-      k, v: ``[L, P, Hkv, S, D]``, cast to the pool's dtype.
+      *contents: what ``gather_blocks`` returns of such a pool, each cast to the dtype of the pool's array.
       implementation: as in ``copy_blocks``.
 
     Returns:
@@ -116,13 +126,21 @@ def scatter_blocks(
       ValueError: shapes that do not fit, an unknown implementation.
       NotImplementedError: a named implementation cannot take this call; it says why and never falls back.
     """
-    blocks = (kv_pool.num_layers, *block_ids.shape, *kv_pool.k.shape[1:])
-    if block_ids.ndim != 1 or k.shape != blocks or v.shape != blocks:
+    shapes, blocks = [new.shape for new in contents], _contents_shapes(kv_pool.parts, block_ids)
+    if block_ids.ndim != 1 or shapes != blocks:
         raise ValueError(
-            f"scatter_blocks: block_ids.shape={block_ids.shape}, k.shape={k.shape}, v.shape={v.shape} must be [P] "
-            f"and twice [L, P, Hkv, S, D] of kv_pool.k.shape={kv_pool.k.shape}, L={kv_pool.num_layers}"
+            f"scatter_blocks: block_ids.shape={block_ids.shape} must be [P], and the shapes of contents, {shapes}, for "
+            f"each array of the pool [L, P, Hkv, S, ...]: {blocks}"
         )
-    return _moves("scatter_blocks", kv_pool, implementation).scatter(kv_pool, block_ids, k, v)
+    written: list[jax.Array] = []
+    for part in kv_pool.parts:
+        mine, contents = contents[: len(part.arrays)], contents[len(part.arrays) :]
+        written += _moves("scatter_blocks", part, implementation).scatter(part, block_ids, *mine).arrays
+    return kv_pool.with_arrays(written)
+
+
+def _contents_shapes(parts: Sequence[KVPool], block_ids: jax.Array) -> list[tuple[int, ...]]:
+    return [(part.num_layers, *block_ids.shape, *array.shape[1:]) for part in parts for array in part.arrays]
 
 
 def _moves(operation: str, kv_pool: KVPool, implementation: str | None) -> BlockMoves:

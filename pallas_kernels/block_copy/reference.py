@@ -11,23 +11,22 @@ def copy_blocks_reference(kv_pool: KVPool, sources: jax.Array, targets: jax.Arra
     return scatter_blocks_reference(kv_pool, targets, *gather_blocks_reference(kv_pool, sources))
 
 
-def gather_blocks_reference(kv_pool: KVPool, block_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+def gather_blocks_reference(kv_pool: KVPool, block_ids: jax.Array) -> tuple[jax.Array, ...]:
     """Block by block; arguments as in ``gather_blocks``."""
     places = [
         [layer * kv_pool.num_blocks + i for i in block_ids.tolist()] for layer in range(kv_pool.num_layers)
     ]
-    k, v = (
-        jnp.stack([jnp.stack([pool[i] for i in row]) for row in places]) for pool in (kv_pool.k, kv_pool.v)
-    )
-    return k, v
+    return tuple(jnp.stack([jnp.stack([pool[i] for i in row]) for row in places]) for pool in kv_pool.arrays)
 
 
-def scatter_blocks_reference(kv_pool: KVPool, block_ids: jax.Array, k: jax.Array, v: jax.Array) -> KVPool:
+def scatter_blocks_reference(kv_pool: KVPool, block_ids: jax.Array, *contents: jax.Array) -> KVPool:
     """Block by block; arguments as in ``scatter_blocks``."""
-    pool_k, pool_v = kv_pool.k, kv_pool.v
+    pools = list(kv_pool.arrays)
     for layer in range(kv_pool.num_layers):
         for i, block_id in enumerate(block_ids.tolist()):
             block = layer * kv_pool.num_blocks + block_id
-            pool_k = pool_k.at[block].set(k[layer, i].astype(pool_k.dtype))
-            pool_v = pool_v.at[block].set(v[layer, i].astype(pool_v.dtype))
-    return KVPool(pool_k, pool_v, kv_pool.num_layers)
+            pools = [
+                pool.at[block].set(new[layer, i].astype(pool.dtype))
+                for pool, new in zip(pools, contents, strict=True)
+            ]
+    return kv_pool.with_arrays(pools)

@@ -11,20 +11,17 @@ def copy_blocks_xla(kv_pool: KVPool, sources: jax.Array, targets: jax.Array) -> 
     return scatter_blocks_xla(kv_pool, targets, *gather_blocks_xla(kv_pool, sources))
 
 
-def gather_blocks_xla(kv_pool: KVPool, block_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+def gather_blocks_xla(kv_pool: KVPool, block_ids: jax.Array) -> tuple[jax.Array, ...]:
     """Arguments as in ``gather_blocks``."""
     entries = _entries(kv_pool, block_ids)
-    return kv_pool.k[entries], kv_pool.v[entries]
+    return tuple(pool[entries] for pool in kv_pool.arrays)
 
 
-def scatter_blocks_xla(kv_pool: KVPool, block_ids: jax.Array, k: jax.Array, v: jax.Array) -> KVPool:
+def scatter_blocks_xla(kv_pool: KVPool, block_ids: jax.Array, *contents: jax.Array) -> KVPool:
     """Arguments as in ``scatter_blocks``."""
     entries = _entries(kv_pool, block_ids)
-
-    def write(pool: jax.Array, new: jax.Array) -> jax.Array:
-        return pool.at[entries].set(new.astype(pool.dtype))
-
-    return KVPool(write(kv_pool.k, k), write(kv_pool.v, v), kv_pool.num_layers)
+    pools = zip(kv_pool.arrays, contents, strict=True)
+    return kv_pool.with_arrays([pool.at[entries].set(new.astype(pool.dtype)) for pool, new in pools])
 
 
 def _entries(kv_pool: KVPool, block_ids: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 
-from jaxpaged.pallas_kernels.batch import KVPool
+from jaxpaged.pallas_kernels.batch import KVPool, MixedKVPool
 from jaxpaged.pallas_kernels.cache_scatter.reference import cache_scatter_reference
 from jaxpaged.pallas_kernels.cache_scatter.xla import cache_scatter_xla
 from jaxpaged.pallas_kernels.pool_moves import best_implementation
@@ -24,24 +24,24 @@ IMPLEMENTATIONS: dict[str, Callable[[KVPool, jax.Array, jax.Array, int, jax.Arra
 }
 
 
-def cache_scatter(
-    kv_pool: KVPool,
+def cache_scatter[Pool: (KVPool, MixedKVPool)](
+    kv_pool: Pool,
     k: jax.Array,
     v: jax.Array,
     layer: int,
     slots: jax.Array,
     *,
     implementation: str | None = None,
-) -> KVPool:
-    """Writes one key and value per token into the pool.
+) -> Pool:
+    """Writes one key and value per token into the pool, quantised as the layer's format says.
 
     In place when the pool's buffers are donated to the surrounding program; a test reads the compiled memory
     analysis. Padding tokens carry slot 0. What the dummy block holds afterwards is up to the implementation;
     nothing else that has no slot here is touched.
 
     Args:
-      kv_pool: see ``KVPool``.
-      k, v: float ``[T, Hkv, D]``, cast to the pool's dtype.
+      kv_pool: see ``KVPool`` and ``MixedKVPool``.
+      k, v: float ``[T, Hkv, D]``, cast to the pool's dtype or quantised (``quantisation``).
       layer: which layer of the pool.
       slots: int32 ``[T]``, ``block_id * S + offset``; the host checks their range. Those outside the dummy block
         are distinct.
@@ -55,18 +55,20 @@ def cache_scatter(
       ValueError: shapes that do not fit, an unknown implementation, a layer out of range.
       NotImplementedError: a named implementation cannot take this call; it says why and never falls back.
     """
-    _, num_kv_heads, _, head_dim = kv_pool.k.shape
-    if k.shape != v.shape or k.shape[1:] != (num_kv_heads, head_dim) or slots.shape != k.shape[:1]:
-        raise ValueError(
-            f"cache_scatter: k.shape={k.shape}, v.shape={v.shape}, slots.shape={slots.shape} do not fit "
-            f"kv_pool.k.shape={kv_pool.k.shape}"
-        )
     if not 0 <= layer < kv_pool.num_layers:
         raise ValueError(f"cache_scatter: layer={layer} is not in [0, {kv_pool.num_layers})")
+    part, index = kv_pool.part_of(layer)
+    heads = part.num_kv_heads, part.head_dim
+    if k.shape != v.shape or k.shape[1:] != heads or slots.shape != k.shape[:1]:
+        raise ValueError(
+            f"cache_scatter: k.shape={k.shape}, v.shape={v.shape}, slots.shape={slots.shape} do not fit a pool with "
+            f"(Hkv, D)={heads}"
+        )
     if implementation is None:
-        implementation = best_implementation("cache_scatter", kv_pool)
+        implementation = best_implementation("cache_scatter", part)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"cache_scatter: implementation={implementation!r} is none of {sorted(IMPLEMENTATIONS)}"
         )
-    return IMPLEMENTATIONS[implementation](kv_pool, k, v, layer, slots)
+    written = IMPLEMENTATIONS[implementation](part, k, v, index, slots)
+    return kv_pool.with_part(layer, written)

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import jax
 
-from jaxpaged.pallas_kernels.batch import AttentionBatch, KVPool
+from jaxpaged.pallas_kernels.batch import AttentionBatch, KVPool, MixedKVPool
 from jaxpaged.pallas_kernels.paged_attention import numba_cpu
 from jaxpaged.pallas_kernels.paged_attention.numba_cpu import paged_attention_numba
 from jaxpaged.pallas_kernels.paged_attention.reference import paged_attention_reference
@@ -53,7 +53,7 @@ DETERMINISTIC: dict[str, Implementation] = {
 
 def paged_attention(
     q: jax.Array,
-    kv_pool: KVPool,
+    kv_pool: KVPool | MixedKVPool,
     layer: int,
     batch: AttentionBatch,
     *,
@@ -69,7 +69,7 @@ def paged_attention(
 
     Args:
       q: float ``[T, Hq, D]``.
-      kv_pool: see ``KVPool``; ``Hkv`` divides ``Hq``.
+      kv_pool: see ``KVPool`` and ``MixedKVPool``; ``Hkv`` divides ``Hq``.
       layer: which layer of the pool.
       batch: see ``AttentionBatch``. Block ids must lie in ``[0, N)``: JAX clamps others silently, so the
         host checks them.
@@ -87,7 +87,10 @@ def paged_attention(
       NotImplementedError: a named implementation cannot take this call; it says why and never falls back.
     """
     variant = variant or AttentionVariant()
-    _check(q, kv_pool, layer, batch, variant)
+    if not 0 <= layer < kv_pool.num_layers:
+        raise ValueError(f"paged_attention: layer={layer} is not in [0, {kv_pool.num_layers})")
+    kv_pool, layer = kv_pool.part_of(layer)
+    _check(q, kv_pool, batch, variant)
     if implementation is None:
         implementation = best_implementation(
             jax.default_backend(), q, kv_pool, variant, batch, deterministic=deterministic
@@ -162,19 +165,18 @@ def _log_choice(platform: str, name: str, reason: str) -> str:
     return name
 
 
-def _check(
-    q: jax.Array, kv_pool: KVPool, layer: int, batch: AttentionBatch, variant: AttentionVariant
-) -> None:
+def _check(q: jax.Array, kv_pool: KVPool, batch: AttentionBatch, variant: AttentionVariant) -> None:
     if q.ndim != 3 or kv_pool.k.ndim != 4 or kv_pool.k.shape != kv_pool.v.shape:
         raise ValueError(
             f"paged_attention: q.shape={q.shape} must be [T, Hq, D] and kv_pool.k.shape={kv_pool.k.shape}, "
             f"kv_pool.v.shape={kv_pool.v.shape} must both be [L*N, Hkv, S, D]"
         )
-    _, num_kv_heads, _, head_dim = kv_pool.k.shape
-    if q.shape[2] != head_dim or q.shape[1] % num_kv_heads:
-        raise ValueError(f"paged_attention: q.shape={q.shape} does not fit kv_pool.k.shape={kv_pool.k.shape}")
-    if not 0 <= layer < kv_pool.num_layers:
-        raise ValueError(f"paged_attention: layer={layer} is not in [0, {kv_pool.num_layers})")
+    heads = kv_pool.num_kv_heads, kv_pool.head_dim
+    if q.shape[2] != heads[1] or q.shape[1] % heads[0]:
+        raise ValueError(
+            f"paged_attention: q.shape={q.shape} does not fit a pool with (Hkv, D)={heads}, "
+            f"kv_pool.k.shape={kv_pool.k.shape}"
+        )
     rows, tokens = batch.block_tables.shape[0], q.shape[0]
     wanted = {
         "seq_lens": rows,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.pallas_kernels.batch import AttentionBatch, KVPool
+from jaxpaged.pallas_kernels.paged_attention.blocks import read_blocks
 from jaxpaged.pallas_kernels.variant import MASKED, AttentionVariant, modify_scores
 
 
@@ -15,7 +16,8 @@ def paged_attention_reference(
     tables = batch.block_tables + layer * kv_pool.num_blocks
     # [B, M, Hkv, S, D] -> [B, M*S, Hkv, D], then one copy per token, each kv head repeated for its group.
     k, v = (
-        x[tables].swapaxes(2, 3).reshape(tables.shape[0], -1, *x.shape[1::2]) for x in (kv_pool.k, kv_pool.v)
+        x.swapaxes(2, 3).reshape(tables.shape[0], -1, kv_pool.num_kv_heads, head_dim)
+        for x in read_blocks(kv_pool, tables)
     )
     group = num_heads // k.shape[2]
     k, v = (jnp.repeat(x[batch.rows], group, axis=2).astype(jnp.float32) for x in (k, v))

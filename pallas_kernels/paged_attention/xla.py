@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpaged.pallas_kernels.batch import AttentionBatch, KVPool
+from jaxpaged.pallas_kernels.paged_attention.blocks import read_blocks
 from jaxpaged.pallas_kernels.variant import MASKED, AttentionVariant, modify_scores
 
 PREFILL_TILE_Q = 32
@@ -149,10 +150,7 @@ def _attend_group(
     def one_chunk(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, acc = carry
         ids = lax.dynamic_slice(tables, (0, j * chunk_blocks), (num_tiles, chunk_blocks))
-        k, v = (
-            x.at[ids + layer * kv_pool.num_blocks].get(mode="promise_in_bounds")
-            for x in (kv_pool.k, kv_pool.v)
-        )  # [P, C, Hkv, S, D]
+        k, v = read_blocks(kv_pool, ids + layer * kv_pool.num_blocks)  # [P, C, Hkv, S, D]
         kv_pos = (j * chunk + jnp.arange(chunk, dtype=jnp.int32)).reshape(1, 1, 1, 1, chunk)
         scores = jnp.einsum("phgqd,pchsd->phgqcs", q, k, preferred_element_type=jnp.float32)
         scores = scores.reshape(*shape, chunk) * variant.scale_for(head_dim)
