@@ -9,6 +9,7 @@ import jax
 
 from jaxpaged.pallas_kernels.batch import AttentionBatch, KVPool, MixedKVPool
 from jaxpaged.pallas_kernels.paged_attention import numba_cpu
+from jaxpaged.pallas_kernels.paged_attention.differentiable import attend, scatter_and_attend
 from jaxpaged.pallas_kernels.paged_attention.numba_cpu import paged_attention_numba
 from jaxpaged.pallas_kernels.paged_attention.reference import paged_attention_reference
 from jaxpaged.pallas_kernels.paged_attention.xla import paged_attention_xla
@@ -67,6 +68,9 @@ def paged_attention(
     attends to positions ``0..positions[t]`` of its row. Scores and softmax are float32. Method: Kwon et al.
     2023 (arXiv:2309.06180).
 
+    Differentiable once, in reverse mode, in ``q`` and the floating-point arrays of ``variant``. The pool has no
+    gradient: ``paged_attention_step`` has those of the step's own keys and values.
+
     Args:
       q: float ``[T, Hq, D]``.
       kv_pool: see ``KVPool`` and ``MixedKVPool``; ``Hkv`` divides ``Hq``.
@@ -84,13 +88,68 @@ def paged_attention(
 
     Raises:
       ValueError: shapes that do not fit, an unknown implementation, a layer out of range.
-      NotImplementedError: a named implementation cannot take this call; it says why and never falls back.
+      NotImplementedError: a named implementation cannot take this call; it says why and never falls back. Or
+        somebody differentiates with respect to the pool.
     """
     variant = variant or AttentionVariant()
     if not 0 <= layer < kv_pool.num_layers:
         raise ValueError(f"paged_attention: layer={layer} is not in [0, {kv_pool.num_layers})")
     kv_pool, layer = kv_pool.part_of(layer)
     _check(q, kv_pool, batch, variant)
+    forward = _implementation(q, kv_pool, batch, variant, implementation, deterministic)
+    return attend(forward, q, kv_pool, layer, batch, variant)
+
+
+def paged_attention_step[Pool: (KVPool, MixedKVPool)](
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv_pool: Pool,
+    layer: int,
+    batch: AttentionBatch,
+    *,
+    variant: AttentionVariant | None = None,
+    implementation: str | None = None,
+    deterministic: bool = False,
+) -> tuple[jax.Array, Pool]:
+    """``cache_scatter`` of the step's keys and values, then ``paged_attention``: one layer of a step, to train with.
+
+    Differentiable once, in reverse mode, in ``q``, ``k``, ``v`` and the floating-point arrays of ``variant``. What
+    the pool held before is a constant: in a chain of layers, each with the pool that the one before returned, every
+    layer's own keys have their gradients, and those of earlier steps have none. Rounding to the pool's dtype, or
+    quantisation, counts as the identity. See ``gradient`` for the method. Kept for the backward pass is a copy of the
+    blocks that the block tables name, in this layer, and not the pool, which is updated in place as in serving.
+
+    Args:
+      q: float ``[T, Hq, D]``.
+      k, v: float ``[T, Hkv, D]``, keys and values of the same tokens.
+      kv_pool, layer, batch, variant, implementation, deterministic: see ``paged_attention``.
+
+    Returns:
+      ``[T, Hq, D]`` in the dtype of ``q``, padding tokens finite and meaningless; and the pool after the writes.
+
+    Raises:
+      ValueError, NotImplementedError: see ``paged_attention`` and ``cache_scatter``.
+    """
+    variant = variant or AttentionVariant()
+    if not 0 <= layer < kv_pool.num_layers:
+        raise ValueError(f"paged_attention: layer={layer} is not in [0, {kv_pool.num_layers})")
+    part, index = kv_pool.part_of(layer)
+    _check(q, part, batch, variant)
+    forward = _implementation(q, part, batch, variant, implementation, deterministic)
+    out, written = scatter_and_attend(forward, q, k, v, part, index, batch, variant)
+    return out, kv_pool.with_part(layer, written)
+
+
+def _implementation(
+    q: jax.Array,
+    kv_pool: KVPool,
+    batch: AttentionBatch,
+    variant: AttentionVariant,
+    implementation: str | None,
+    deterministic: bool,
+) -> Implementation:
+    """The named implementation, or the best."""
     if implementation is None:
         implementation = best_implementation(
             jax.default_backend(), q, kv_pool, variant, batch, deterministic=deterministic
@@ -105,7 +164,7 @@ def paged_attention(
             f"depends on the batch; {', '.join(sorted(DETERMINISTIC))} can"
         )
     chosen = DETERMINISTIC if deterministic else IMPLEMENTATIONS
-    return chosen[implementation](q, kv_pool, layer, batch, variant)
+    return chosen[implementation]
 
 
 def best_implementation(
