@@ -1,5 +1,6 @@
 """From the constructor's arguments to the parts of an engine, everything checked before weights are read."""
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,26 +20,36 @@ from jaxpaged.core import EngineCore
 from jaxpaged.errors import InvalidRequestError
 from jaxpaged.host_pool import HostPool
 from jaxpaged.host_tier import HostTier
-from jaxpaged.kv_layout import KVLayout
-from jaxpaged.memory import MIN_BLOCKS, MemoryReport, num_blocks_for, step_bytes, tree_bytes
+from jaxpaged.kv_layout import MAX_WASTE, KVLayout
+from jaxpaged.memory import (
+    MIN_BLOCKS,
+    MemoryReport,
+    bytes_per_token,
+    num_blocks_for,
+    step_bytes,
+    tree_bytes,
+)
 from jaxpaged.memory_monitor import MemoryMonitor
 from jaxpaged.models import Decoder, ModelConfig, flat_parameters, load_config, load_model, split_parameters
-from jaxpaged.pallas_kernels import AttentionBatch, AttentionVariant, KVPool
+from jaxpaged.pallas_kernels import AttentionBatch, AttentionVariant, KVPool, MixedKVPool
 from jaxpaged.pallas_kernels.paged_attention.api import (
     DETERMINISTIC,
     IMPLEMENTATIONS,
     best_implementation,
     unsupported_reason,
 )
+from jaxpaged.pallas_kernels.quantisation import FORMATS
 from jaxpaged.policies import policy_from
 from jaxpaged.preemption import Preemption
 from jaxpaged.preemption_cost import PreemptionCost
-from jaxpaged.program import DeviceState, Programs
+from jaxpaged.program import DeviceState, Pool, Programs
 from jaxpaged.runner import Runner
 from jaxpaged.sampler import init_sampler_state
 from jaxpaged.scheduler import Scheduler
 from jaxpaged.tokenizer import Tokenizer
 from jaxpaged.waiting_queue import WaitingQueue
+
+logger = logging.getLogger(__name__)
 
 # Rows of a tile of a deterministic engine. On a CPU as many as keep its vectors busy; on a GPU as many as cost no more
 # than one, because reading the weights takes longer than multiplying them.
@@ -96,6 +107,7 @@ def resolve(
     config = EngineConfig.resolve(
         arguments, platform=device.platform, max_position_embeddings=model_config.max_position_embeddings
     )
+    config = replace(config, kv_cache_dtype=_kv_cache_dtype(model_config, config))
     if config.attention is not None and config.attention not in list(IMPLEMENTATIONS):
         known = ", ".join(sorted(IMPLEMENTATIONS))
         raise InvalidRequestError("attention", config.attention, f"must be None or one of {known}")
@@ -106,6 +118,20 @@ def resolve(
     if not isinstance(model, Decoder):
         model = load_model(Path(model), dtype=jnp.dtype(config.dtype))
     return model_config, config, model
+
+
+def _kv_cache_dtype(shape: ModelConfig, config: EngineConfig) -> str | tuple[str, ...]:
+    """The dtype or format of all layers, or of each, and the check that the model can have it."""
+    dtypes = config.layer_dtypes(shape.num_layers)
+    for name in dict.fromkeys(dtypes):
+        kind = FORMATS.get(name)
+        if kind is not None and shape.head_dim % kind.per_byte:
+            raise InvalidRequestError(
+                "kv_cache_dtype",
+                config.kv_cache_dtype,
+                f"{name} keeps {kind.per_byte} elements in a byte, and head_dim={shape.head_dim} is odd",
+            )
+    return dtypes[0] if len(set(dtypes)) == 1 else dtypes
 
 
 def assemble(
@@ -184,11 +210,23 @@ def kv_layout(shape: ModelConfig, config: EngineConfig, variant: AttentionVarian
     windows = shape.sliding_windows
     if variant is not None and variant.sliding_window is not None:
         windows = (variant.sliding_window,) * shape.num_layers
-    return KVLayout.of(windows, config.max_model_len)
+    dtypes = config.layer_dtypes(shape.num_layers)
+    sizes = {dtype: bytes_per_token(shape, dtype) for dtype in dtypes}
+    layout = KVLayout.of(windows, config.max_model_len, dtypes, sizes)
+    taken = layout.num_groups * sum(sizes[dtype] for dtype in layout.dtypes)
+    waste = 1 - sum(sizes[dtype] for dtype in dtypes) / taken
+    if waste > MAX_WASTE:
+        logger.warning(
+            "kv_cache_dtype=%r: %.0f %% of the KV pool will hold nothing: layers with other sliding windows share its "
+            "blocks, and do not have each dtype as often",
+            config.kv_cache_dtype,
+            100 * waste,
+        )
+    return layout
 
 
 def _host_memory(
-    config: EngineConfig, pool: KVPool, device: Any
+    config: EngineConfig, pool: Pool, device: Any
 ) -> tuple[HostPool | None, HostTier | None, PreemptionCost | None]:
     """Host blocks, who holds them, and the estimate of what moving them costs."""
     block_bytes = tree_bytes(pool) // MIN_BLOCKS
@@ -215,23 +253,27 @@ def _check_attention(shape: ModelConfig, config: EngineConfig, variant: Attentio
             f"the batch; {', '.join(sorted(DETERMINISTIC))} can"
         )
     name = config.attention
-    reason = _ask(lambda q, pool, _: unsupported_reason(name, q, pool, variant), shape, config)
-    if reason is not None:
-        raise NotImplementedError(f"attention={config.attention!r} cannot be used here: {reason}")
+    for reason in _ask(lambda q, pool, _: unsupported_reason(name, q, pool, variant), shape, config):
+        if reason is not None:
+            raise NotImplementedError(f"attention={config.attention!r} cannot be used here: {reason}")
 
 
 def _deterministic(
     functions: Programs, shape: ModelConfig, config: EngineConfig, variant: AttentionVariant, device: Any
 ) -> Programs:
-    """The programs with tiles of one size, and one implementation of attention for all buckets."""
+    """The programs with tiles of one size, and one implementation of attention for all buckets and layers."""
     on_cpu = device.platform == "cpu"
 
     def best(q: jax.Array, pool: KVPool, batch: AttentionBatch) -> str:
         return best_implementation(device.platform, q, pool, variant, batch, deterministic=True)
 
+    attention = config.attention
+    if attention is None:
+        answers = set(_ask(best, shape, config))
+        attention = answers.pop() if len(answers) == 1 else "xla"  # which takes layers of all dtypes
     return replace(
         functions,
-        attention=config.attention or _ask(best, shape, config),
+        attention=attention,
         row_tile=CPU_ROW_TILE if on_cpu else GPU_ROW_TILE,
         skip_padding=on_cpu,
     )
@@ -241,34 +283,40 @@ def _ask(
     question: Callable[[jax.Array, KVPool, AttentionBatch], str | None],
     shape: ModelConfig,
     config: EngineConfig,
-) -> str | None:
-    """The answer to a question about the attention of the largest bucket, asked of traced arrays."""
+) -> list[str | None]:
+    """Answers to a question about the attention of the largest bucket, asked of traced arrays: one for each dtype."""
     tokens = config.buckets[-1]
     rows, width = rows_of(tokens, config.max_num_seqs), config.table_width
-    answers = []
+    answers: list[str | None] = []
 
-    def ask(q: jax.Array, kv: jax.Array, ints: jax.Array) -> None:
+    def ask(q: jax.Array, pools: list[KVPool], ints: jax.Array) -> None:
         table = ints[: rows * width].reshape(rows, width)
         per_token = [ints[:tokens]] * 3
         batch = AttentionBatch(table, ints[:rows], ints[: rows + 1], *per_token)
-        answers.append(question(q, KVPool(kv, kv, 1), batch))
+        answers.extend(question(q, pool, batch) for pool in pools)
 
-    dtype = jnp.dtype(config.dtype)
-    q = jax.ShapeDtypeStruct((tokens, shape.num_heads, shape.head_dim), dtype)
-    kv = jax.ShapeDtypeStruct((1, shape.num_kv_heads, config.block_size, shape.head_dim), dtype)
+    q = jax.ShapeDtypeStruct((tokens, shape.num_heads, shape.head_dim), jnp.dtype(config.dtype))
+    dtypes = dict.fromkeys(config.layer_dtypes(shape.num_layers))
+    pools = [jax.eval_shape(partial(_new_pool, shape, config, (dtype,), 1)) for dtype in dtypes]
     ints = jax.ShapeDtypeStruct((rows * width + tokens + 1,), jnp.int32)
-    jax.eval_shape(ask, q, kv, ints)  # traced only
-    return answers[0]
+    jax.eval_shape(ask, q, pools, ints)  # traced only
+    return answers
+
+
+def _new_pool(shape: ModelConfig, config: EngineConfig, dtypes: tuple[str, ...], num_blocks: int) -> Pool:
+    """A pool of zeros, with a layer of each of ``dtypes``."""
+    sizes = {
+        "num_blocks": num_blocks,
+        "num_kv_heads": shape.num_kv_heads,
+        "block_size": config.block_size,
+        "head_dim": shape.head_dim,
+    }
+    if len(set(dtypes)) == 1:
+        return KVPool.zeros(num_layers=len(dtypes), dtype=dtypes[0], **sizes)
+    return MixedKVPool.zeros(dtypes=dtypes, **sizes)
 
 
 def _new_state(shape: ModelConfig, config: EngineConfig, layout: KVLayout, num_blocks: int) -> DeviceState:
-    pool = KVPool.zeros(
-        num_layers=layout.layers_per_block,
-        num_blocks=num_blocks,
-        num_kv_heads=shape.num_kv_heads,
-        block_size=config.block_size,
-        head_dim=shape.head_dim,
-        dtype=jnp.dtype(config.dtype),
-    )
+    pool = _new_pool(shape, config, layout.dtypes, num_blocks)
     num_rows = config.max_num_seqs + 1
     return DeviceState(pool, init_sampler_state(num_rows, shape.vocab_size), jnp.zeros(num_rows, jnp.int32))

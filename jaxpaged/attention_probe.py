@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from jaxpaged.models import Parameters
-from jaxpaged.pallas_kernels import AttentionBatch, AttentionVariant, KVPool
-from jaxpaged.program import Programs
+from jaxpaged.pallas_kernels import AttentionBatch, AttentionVariant
+from jaxpaged.program import Pool, Programs
 from jaxpaged.request import Request
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ class AttentionProbe:
 
     It has one program, for as many rows as the engine has at most: every implementation goes by the rows that are
     real, so padding costs little. A kernel that chooses its tiles by the bucket may choose others in a smaller one.
-    Queries are zeros, which take as long as any.
+    Queries are zeros, which take as long as any. Of a pool of several formats it reads the one of the first layer.
 
     Args:
       functions, weights, operands: as the ``Runner`` has them.
@@ -37,7 +37,7 @@ class AttentionProbe:
         functions: Programs,
         weights: Parameters,
         operands: tuple[jax.Array, ...],
-        pool: KVPool,
+        pool: Pool,
         *,
         num_rows: int,
         table_width: int,
@@ -51,7 +51,7 @@ class AttentionProbe:
         self._queries = jax.device_put(np.zeros(shape, model.dtype))
 
         def attend(
-            q: jax.Array, pool: KVPool, batch: AttentionBatch, operands: tuple[jax.Array, ...]
+            q: jax.Array, pool: Pool, batch: AttentionBatch, operands: tuple[jax.Array, ...]
         ) -> jax.Array:
             return functions.attend(q, pool, LAYER, batch, own, functions.user_variant(operands))
 
@@ -61,7 +61,7 @@ class AttentionProbe:
         logger.info("compiled the attention probe in %.2f s", time.perf_counter() - started)
         self.measure(pool, [], 1)  # the first run loads it
 
-    def measure(self, pool: KVPool, requests: Sequence[Request], repeats: int) -> float:
+    def measure(self, pool: Pool, requests: Sequence[Request], repeats: int) -> float:
         """Median of the seconds for one decode token of each request, from the launch until the result is there."""
         batch = self._batch(requests)
         jax.block_until_ready((pool, batch))

@@ -1,15 +1,16 @@
 """What an engine is built with: sizes and switches, checked before anything is allocated."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from jaxpaged.buckets import token_buckets
 from jaxpaged.errors import InvalidRequestError
+from jaxpaged.kv_cache_dtype import AUTO, PLAIN, checked_dtypes, checked_layers, layer_dtypes
 
 MAX_SWAP_SPACE = 1 << 16  # GiB
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = PLAIN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,12 @@ class EngineConfig:
     Names are vLLM's where vLLM has them. Raises InvalidRequestError (a ValueError) naming argument and value.
 
     Attributes:
-      dtype: of weights, activations and the KV pool.
+      dtype: of weights and activations.
+      kv_cache_dtype: in what keys and values are kept: "auto" (the model's dtype), "float32", "bfloat16", "float16",
+        "fp8" (or "fp8_e4m3"), "int8" or "int4"; or a sequence with one of them for each layer. Quantised ones have
+        a scale for each token and head. An engine's own ``config`` has what it came to: a name without "auto", or a
+        tuple of them.
+      kv_cache_dtype_skip_layers: layers, counted from 0, that keep the model's dtype whatever ``kv_cache_dtype`` says.
       max_model_len: prompt and output tokens of one sequence.
       block_size: tokens a block.
       num_blocks: blocks of the pool, the dummy included; None sizes it by the memory there is.
@@ -51,6 +57,8 @@ class EngineConfig:
 
     dtype: str
     max_model_len: int
+    kv_cache_dtype: str | Sequence[str] = AUTO
+    kv_cache_dtype_skip_layers: Sequence[int] = ()
     block_size: int = 16
     num_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -77,6 +85,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InvalidRequestError("dtype", self.dtype, f"must be one of {', '.join(DTYPES)}")
+        object.__setattr__(self, "kv_cache_dtype", checked_dtypes(self.kv_cache_dtype))
+        object.__setattr__(
+            self, "kv_cache_dtype_skip_layers", checked_layers(self.kv_cache_dtype_skip_layers)
+        )
         for name, low in (
             ("max_model_len", 1),
             ("block_size", 1),
@@ -149,6 +161,11 @@ class EngineConfig:
                 f"the model has positions up to max_position_embeddings={max_position_embeddings} only",
             )
         return config
+
+    def layer_dtypes(self, num_layers: int) -> tuple[str, ...]:
+        """In what each layer of a model keeps its keys and values; raises InvalidRequestError if they do not fit it."""
+        dtypes = checked_dtypes(self.kv_cache_dtype)
+        return layer_dtypes(dtypes, self.kv_cache_dtype_skip_layers, self.dtype, num_layers)
 
     @property
     def table_width(self) -> int:

@@ -45,10 +45,11 @@ class Engine:
         JAX's configuration alone.
       **arguments: fields of ``EngineConfig``, which says what each is; names as in vLLM. Sizes: ``dtype``,
         ``max_model_len``, ``block_size``, ``max_num_seqs``, ``max_num_batched_tokens``. Memory: ``num_blocks``,
-        ``gpu_memory_utilization``, ``enable_prefix_caching``, ``swap_space``, ``num_host_blocks``,
-        ``preemption_mode``, ``watermark``, ``memory_warning``, ``memory_critical``. Scheduling:
-        ``scheduling_policy``, ``tenant_weights``, ``async_scheduling``, ``num_scheduler_steps``. Results: ``seed``,
-        ``max_logprobs``, ``logprobs_mode``, ``deterministic``. Programs: ``attention``, ``warmup``.
+        ``gpu_memory_utilization``, ``kv_cache_dtype``, ``kv_cache_dtype_skip_layers``, ``enable_prefix_caching``,
+        ``swap_space``, ``num_host_blocks``, ``preemption_mode``, ``watermark``, ``memory_warning``,
+        ``memory_critical``. Scheduling: ``scheduling_policy``, ``tenant_weights``, ``async_scheduling``,
+        ``num_scheduler_steps``. Results: ``seed``, ``max_logprobs``, ``logprobs_mode``, ``deterministic``. Programs:
+        ``attention``, ``warmup``.
 
     An engine belongs to one thread.
 

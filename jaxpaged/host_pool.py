@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxpaged.pallas_kernels import KVPool
+from jaxpaged.pallas_kernels import KVPool, MixedKVPool
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class HostPoolStats(NamedTuple):
 
 
 class HostPool:
-    """Keys and values of the host blocks, in numpy, and one thread that copies them.
+    """Keys and values of the host blocks, quantised ones with their scales, in numpy, and one thread that copies them.
 
     Copies run in the order of the calls: a load that was asked for before the store that overwrites its blocks
     gets the old content (``HostTier`` relies on this). Methods are called from one thread, the engine's. JAX allows the
@@ -43,18 +43,24 @@ class HostPool:
 
     Args:
       num_blocks: host blocks. Their memory is taken as it is first written to.
-      pool: the device's pool, or its shapes: read for layers, heads, block size, head dimension and dtypes, not kept.
+      pool: the device's pool, or its shapes: read for the shapes and dtypes of its arrays, not kept.
       device: where loads go, as in ``jax.device_put``; None for the default device.
     """
 
     def __init__(
-        self, num_blocks: int, pool: KVPool, *, device: jax.Device | jax.sharding.Sharding | None = None
+        self,
+        num_blocks: int,
+        pool: KVPool | MixedKVPool,
+        *,
+        device: jax.Device | jax.sharding.Sharding | None = None,
     ) -> None:
         self.num_blocks = num_blocks
-        # [num_blocks, L, Hkv, S, D]: a block is one piece, unlike in the device's pool. Zeros cost nothing yet.
+        # [num_blocks, L, Hkv, S, ...], in the order of pool.arrays: a block is one piece, unlike in the device's pool.
+        # Zeros cost nothing yet.
         self._arrays = [
-            np.zeros((num_blocks, pool.num_layers, *array.shape[1:]), array.dtype)
-            for array in (pool.k, pool.v)
+            np.zeros((num_blocks, part.num_layers, *array.shape[1:]), array.dtype)
+            for part in pool.parts
+            for array in part.arrays
         ]
         self.bytes_per_block = sum(array.itemsize * int(np.prod(array.shape[1:])) for array in self._arrays)
         self._device = device
@@ -76,15 +82,15 @@ class HostPool:
         """Copies that have not ended."""
         return self._num_pending
 
-    def store(self, host_ids: Sequence[int], k: jax.Array, v: jax.Array) -> None:
+    def store(self, host_ids: Sequence[int], *blocks: jax.Array) -> None:
         """Copies blocks from the device to the host; returns at once unless ``MAX_PENDING`` copies are under way.
 
         A store that fails is logged, and its blocks cannot be loaded until they are stored again.
 
         Args:
           host_ids: where they go, distinct.
-          k, v: ``[L, P, Hkv, S, D]`` as ``gather_blocks`` returns them; blocks after the first ``len(host_ids)`` are
-            padding.
+          blocks: arrays ``[L, P, Hkv, S, ...]`` as ``gather_blocks`` returns them; blocks after the first
+            ``len(host_ids)`` are padding.
 
         Raises:
           ValueError: ids or arrays that do not fit.
@@ -92,12 +98,14 @@ class HostPool:
         self._check_ids(host_ids)
         if len(set(host_ids)) != len(host_ids):
             raise ValueError(f"host_ids={list(host_ids)} must be distinct")
-        for name, new, array in zip("kv", (k, v), self._arrays, strict=True):
+        if len(blocks) != len(self._arrays):
+            raise ValueError(f"blocks: {len(blocks)} arrays must be {len(self._arrays)}")
+        for at, (new, array) in enumerate(zip(blocks, self._arrays, strict=True)):
             layers, block = array.shape[1], array.shape[2:]
-            fits = new.ndim == 5 and new.shape[0] == layers and new.shape[2:] == block
+            fits = new.ndim == array.ndim and new.shape[0] == layers and new.shape[2:] == block
             if not fits or new.shape[1] < len(host_ids) or new.dtype != array.dtype:
                 raise ValueError(
-                    f"{name}: {new.dtype}{list(new.shape)} must be {array.dtype} [{layers}, P, "
+                    f"blocks[{at}]: {new.dtype}{list(new.shape)} must be {array.dtype} [{layers}, P, "
                     f"{', '.join(map(str, block))}], P at least {len(host_ids)}"
                 )
             # Starts when the device has gathered the blocks. If gathering failed, the worker finds out as well.
@@ -105,9 +113,9 @@ class HostPool:
                 new.copy_to_host_async()
         with self._changed:
             self._changed.wait_for(lambda: self._num_pending < MAX_PENDING)
-        self._submit(self._store, list(host_ids), k, v)
+        self._submit(self._store, list(host_ids), blocks)
 
-    def load(self, host_ids: Sequence[int], width: int) -> Future[tuple[jax.Array, jax.Array]]:
+    def load(self, host_ids: Sequence[int], width: int) -> Future[tuple[jax.Array, ...]]:
         """Copies blocks from the host to the device, after all earlier stores; returns at once.
 
         Args:
@@ -115,7 +123,7 @@ class HostPool:
           width: P, at least as many.
 
         Returns:
-          A future of k, v: ``[L, width, Hkv, S, D]`` for ``scatter_blocks``, on the device, zeros after the blocks.
+          A future of arrays ``[L, width, Hkv, S, ...]`` for ``scatter_blocks``, on the device, zeros after the blocks.
           It raises RuntimeError, with the error of the store as its cause, if the last store of a block failed.
           Blocks that were never stored are zeros. It can be cancelled while it waits.
 
@@ -156,16 +164,16 @@ class HostPool:
             self._num_pending -= 1
             self._changed.notify_all()
 
-    def _store(self, host_ids: list[int], k: jax.Array, v: jax.Array) -> None:
+    def _store(self, host_ids: list[int], blocks: tuple[jax.Array, ...]) -> None:
         """In the worker."""
         try:
-            jax.block_until_ready((k, v))
+            jax.block_until_ready(blocks)
             started = time.perf_counter()
-            for array, new in zip(self._arrays, (k, v), strict=True):
+            for array, new in zip(self._arrays, blocks, strict=True):
                 # On a CPU this is a view of JAX's memory, which lives as long as the view does.
-                blocks = np.asarray(new)
+                found = np.asarray(new)
                 for at, block in enumerate(host_ids):
-                    array[block] = blocks[:, at]
+                    array[block] = found[:, at]
             seconds = time.perf_counter() - started
         except Exception as error:
             logger.error("storing host blocks %s failed: %s", host_ids, error, exc_info=error)
@@ -180,15 +188,15 @@ class HostPool:
             seconds_storing=self._stats.seconds_storing + seconds,
         )
 
-    def _load(self, host_ids: list[int], width: int) -> tuple[jax.Array, jax.Array]:
+    def _load(self, host_ids: list[int], width: int) -> tuple[jax.Array, ...]:
         """In the worker."""
         for block in host_ids:
             if block in self._failed:
                 raise RuntimeError(f"host block {block} could not be stored") from self._failed[block]
         started = time.perf_counter()
         # New memory each time: device_put may keep it for the array's own instead of copying it.
-        k, v = (self._collect(array, host_ids, width) for array in self._arrays)
-        loaded = jax.block_until_ready(jax.device_put((k, v), self._device))
+        blocks = tuple(self._collect(array, host_ids, width) for array in self._arrays)
+        loaded = jax.block_until_ready(jax.device_put(blocks, self._device))
         self._stats = self._stats._replace(
             bytes_loaded=self._stats.bytes_loaded + len(host_ids) * self.bytes_per_block,
             seconds_loading=self._stats.seconds_loading + time.perf_counter() - started,
@@ -197,7 +205,7 @@ class HostPool:
 
     @staticmethod
     def _collect(array: np.ndarray, host_ids: list[int], width: int) -> np.ndarray:
-        """``[L, width, Hkv, S, D]``, zeros after the blocks."""
+        """``[L, width, Hkv, S, ...]``, zeros after the blocks."""
         blocks = np.zeros((array.shape[1], width, *array.shape[2:]), array.dtype)
         for at, block in enumerate(host_ids):
             blocks[:, at] = array[block]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpaged.batch import PackedLayout
@@ -19,6 +20,7 @@ from jaxpaged.buckets import rows_of
 from jaxpaged.config import EngineConfig
 from jaxpaged.kv_layout import KVLayout
 from jaxpaged.models import ModelConfig, Parameters
+from jaxpaged.pallas_kernels.quantisation import FORMATS
 from jaxpaged.program import DeviceState, Programs
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ class MemoryReport:
       step: what the largest step needs beside weights, pool and sampler, by XLA's account of its compiled program;
         None where the pool was not sized by it: on a CPU, or with ``num_blocks`` given.
       sampler: the sampler's state, a line of the vocabulary for each row.
-      pool: all KV blocks, the dummy included.
+      pool: all KV blocks, the dummy included; of quantised ones codes and scales.
       block: one of them.
       num_blocks: how many.
       host_pool: host memory for blocks that do not fit, at most.
@@ -69,11 +71,19 @@ class MemoryReport:
         )
 
 
+def bytes_per_token(model: ModelConfig, dtype: str) -> int:
+    """Key and value of one token in a layer of a dtype or format, scales included."""
+    kind = FORMATS.get(dtype)
+    if kind is None:
+        vector = model.head_dim * jnp.dtype(dtype).itemsize
+    else:
+        vector = model.head_dim // kind.per_byte * kind.storage.itemsize + jnp.dtype(jnp.float32).itemsize
+    return 2 * model.num_kv_heads * vector
+
+
 def bytes_per_block(model: ModelConfig, config: EngineConfig, layout: KVLayout) -> int:
-    """Keys and values of one block in the layers of a group."""
-    itemsize = np.dtype("float32").itemsize if config.dtype == "float32" else 2
-    per_token = 2 * model.num_kv_heads * model.head_dim * itemsize
-    return layout.layers_per_block * config.block_size * per_token
+    """Keys and values of one block in the layers of a group, scales included."""
+    return config.block_size * sum(bytes_per_token(model, dtype) for dtype in layout.dtypes)
 
 
 def num_blocks_for(

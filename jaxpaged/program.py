@@ -6,7 +6,7 @@ It writes the step's keys and values, attends, and samples; the state comes back
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,21 @@ from jaxpaged.batch import PackedLayout, StepInputs, unpack
 from jaxpaged.kv_layout import KVLayout
 from jaxpaged.models import Decoder, Parameters
 from jaxpaged.models.row_tiles import Rows, RowTiles, all_rows
-from jaxpaged.pallas_kernels import AttentionBatch, AttentionVariant, KVPool, cache_scatter, paged_attention
+from jaxpaged.pallas_kernels import (
+    AttentionBatch,
+    AttentionVariant,
+    KVPool,
+    MixedKVPool,
+    cache_scatter,
+    paged_attention,
+)
 from jaxpaged.pallas_kernels.variant import VariantSpec
 from jaxpaged.sampler import LogprobsMode, SampleOutput, SamplerState, SamplingBatch, choose, count_tokens
 
 LOGPROB_CHUNK = 256  # prompt positions whose logits exist at one time
+
+
+Pool: TypeAlias = KVPool | MixedKVPool
 
 
 class DeviceState(NamedTuple):
@@ -30,7 +40,7 @@ class DeviceState(NamedTuple):
     knew it.
     """
 
-    pool: KVPool
+    pool: Pool
     sampler: SamplerState
     tokens: jax.Array
 
@@ -146,8 +156,8 @@ class Programs:
         user = self.user_variant(operands)
 
         def attend(
-            q: jax.Array, k: jax.Array, v: jax.Array, kv: KVPool, layer: int, variant: AttentionVariant
-        ) -> tuple[jax.Array, KVPool]:
+            q: jax.Array, k: jax.Array, v: jax.Array, kv: Any, layer: int, variant: AttentionVariant
+        ) -> tuple[jax.Array, Any]:
             group, place = self.layout.places[layer]
             batch = inputs.attention[group]
             # All keys of the step first: its rows may share blocks.
@@ -169,7 +179,7 @@ class Programs:
     def attend(
         self,
         q: jax.Array,
-        pool: KVPool,
+        pool: Pool,
         layer: int,
         batch: AttentionBatch,
         own: AttentionVariant,

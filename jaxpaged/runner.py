@@ -68,7 +68,7 @@ class Runner:
         host_pool: HostPool | None = None,
     ) -> None:
         self.host_pool = host_pool
-        self._staged: dict[tuple[int, ...], Future[tuple[jax.Array, jax.Array]]] = {}
+        self._staged: dict[tuple[int, ...], Future[tuple[jax.Array, ...]]] = {}
         self._functions = functions
         self._weights: Parameters | None = weights
         self._operands = operands
@@ -93,7 +93,7 @@ class Runner:
     @property
     def device_memory_in_use(self) -> int | None:
         """Bytes that the device of the pool says are in use, by whomever; None where it does not say."""
-        device = min(self.state.pool.k.devices(), key=lambda device: device.id)
+        device = min(self.state.pool.arrays[0].devices(), key=lambda device: device.id)
         in_use = (device.memory_stats() or {}).get("bytes_in_use")
         return None if in_use is None else int(in_use)
 
@@ -201,21 +201,20 @@ class Runner:
                 loads = [self._load(tuple(source for source, _ in part)) for part in parts]
                 for part, load in zip(parts, loads, strict=True):
                     try:
-                        k, v = load.result()
+                        blocks = load.result()
                     except Exception as error:
                         raise BlocksLostError(frozenset(target for _, target in part)) from error
                     targets = _padded(part)[1]
-                    self._state = self._small_program("scatter_blocks")(self.state, targets, k, v)
+                    self._state = self._small_program("scatter_blocks")(self.state, targets, *blocks)
 
     def _swap_out(self, pairs: list[tuple[int, int]]) -> None:
         assert self.host_pool is not None, "nowhere to swap to"
         sources, targets = _padded(pairs)[0], [target for _, target in pairs]
-        for blocks in [blocks for blocks in self._staged if not set(blocks).isdisjoint(targets)]:
-            self._staged.pop(blocks).cancel()  # what was staged of them is no longer what they hold
-        k, v = self._small_program("gather_blocks")(self.state, sources)
-        self.host_pool.store(targets, k, v)
+        for old in [old for old in self._staged if not set(old).isdisjoint(targets)]:
+            self._staged.pop(old).cancel()  # what was staged of them is no longer what they hold
+        self.host_pool.store(targets, *self._small_program("gather_blocks")(self.state, sources))
 
-    def _load(self, blocks: tuple[int, ...]) -> "Future[tuple[jax.Array, jax.Array]]":
+    def _load(self, blocks: tuple[int, ...]) -> "Future[tuple[jax.Array, ...]]":
         assert self.host_pool is not None, "nowhere to swap from"
         staged = self._staged.pop(blocks, None)
         return self.host_pool.load(blocks, MOVE_WIDTH) if staged is None else staged
@@ -319,15 +318,17 @@ def _padded(pairs: list[tuple[int, int]]) -> np.ndarray:
 
 
 def _copy(state: DeviceState, pairs: jax.Array) -> DeviceState:
-    return state._replace(pool=copy_blocks(state.pool, pairs[0], pairs[1]))
+    pool: Any = state.pool
+    return state._replace(pool=copy_blocks(pool, pairs[0], pairs[1]))
 
 
 def _gather(state: DeviceState, block_ids: jax.Array) -> tuple[jax.Array, ...]:
     return gather_blocks(state.pool, block_ids)
 
 
-def _scatter(state: DeviceState, block_ids: jax.Array, k: jax.Array, v: jax.Array) -> DeviceState:
-    return state._replace(pool=scatter_blocks(state.pool, block_ids, k, v))
+def _scatter(state: DeviceState, block_ids: jax.Array, *blocks: jax.Array) -> DeviceState:
+    pool: Any = state.pool
+    return state._replace(pool=scatter_blocks(pool, block_ids, *blocks))
 
 
 def _set_row(
@@ -351,10 +352,10 @@ def _ids() -> jax.ShapeDtypeStruct:
 
 
 def _blocks(state: DeviceState) -> list[jax.ShapeDtypeStruct]:
-    layers = state.pool.num_layers
     return [
-        jax.ShapeDtypeStruct((layers, MOVE_WIDTH, *array.shape[1:]), array.dtype)
-        for array in (state.pool.k, state.pool.v)
+        jax.ShapeDtypeStruct((part.num_layers, MOVE_WIDTH, *array.shape[1:]), array.dtype)
+        for part in state.pool.parts
+        for array in part.arrays
     ]
 
 

@@ -3,6 +3,7 @@
 import json
 from typing import TYPE_CHECKING, Any
 
+from jaxpaged.kv_cache_dtype import named
 from jaxpaged.serve.environment import environment
 from jaxpaged.serve.options import EngineOptions
 from jaxpaged.serve.terminal import counted, facts_table, listed, size, stdout, waiting
@@ -46,7 +47,7 @@ def gather(engine: "Engine") -> dict[str, Any]:
 
 
 def attention_implementation(engine: "Engine") -> str:
-    """The implementation of paged attention that the engine's steps take."""
+    """The implementation of paged attention that the engine's steps take; several where layers differ in dtype."""
     import jax
 
     from jaxpaged import AttentionVariant
@@ -57,16 +58,29 @@ def attention_implementation(engine: "Engine") -> str:
     if config.attention is not None:
         return config.attention
     q = jax.ShapeDtypeStruct((1, model.num_heads, model.head_dim), config.dtype)
-    kv = jax.ShapeDtypeStruct((1, model.num_kv_heads, config.block_size, model.head_dim), config.dtype)
     platform = jax.local_devices()[0].platform
-    chosen: list[str] = []
+    chosen: dict[str, str] = {}
 
-    def choose(q: jax.Array, kv: jax.Array) -> jax.Array:
-        chosen.append(best_implementation(platform, q, KVPool(kv, kv, 1), AttentionVariant()))
+    def choose(q: jax.Array) -> jax.Array:
+        for dtype in config.layer_dtypes(model.num_layers):
+            pool = KVPool.zeros(
+                num_layers=1,
+                num_blocks=1,
+                num_kv_heads=model.num_kv_heads,
+                block_size=config.block_size,
+                head_dim=model.head_dim,
+                dtype=dtype,
+            )
+            chosen[dtype] = best_implementation(
+                platform, q, pool, AttentionVariant(), deterministic=config.deterministic
+            )
         return q
 
-    jax.eval_shape(choose, q, kv)  # traced only: the choice depends on shapes and dtypes
-    return chosen[0]
+    jax.eval_shape(choose, q)  # traced only: the choice depends on shapes and dtypes
+    names = dict.fromkeys(chosen.values())
+    if config.deterministic and len(names) > 1:
+        return "xla"  # one for all layers, see ``assembly``
+    return ", ".join(names)
 
 
 def _print(facts: dict[str, Any]) -> None:
@@ -101,6 +115,7 @@ def _print(facts: dict[str, Any]) -> None:
     engine = [
         ("KV pool", f"{in_pool}, {size(pool['bytes'])} ({size(pool['bytes_per_token'])} a token)"),
         ("dtype", config["dtype"]),
+        ("KV cache dtype", named(config["kv_cache_dtype"])),
         ("attention", facts["attention"]),
         ("sequence", f"up to {config['max_model_len']:,} tokens"),
         ("step", f"up to {config['max_num_seqs']} sequences, {config['max_num_batched_tokens']:,} tokens"),

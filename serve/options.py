@@ -39,7 +39,17 @@ class EngineOptions:
         ),
     ] = None
     dtype: Annotated[
-        str | None, _engine(help="float32, bfloat16 or float16, of weights, activations and KV pool.")
+        str | None, _engine(help="float32, bfloat16 or float16, of weights and activations.")
+    ] = None
+    kv_cache_dtype: Annotated[
+        str | None,
+        _engine(
+            help="What keys and values are kept in: auto, float32, bfloat16, float16, fp8, int8 or int4; or one for "
+            "each layer, with commas. [dim]Default: auto, the dtype of the model.[/]"
+        ),
+    ] = None
+    kv_cache_dtype_skip_layers: Annotated[
+        str | None, _engine(help="Layers that keep the dtype of the model: numbers from 0, with commas.")
     ] = None
     max_model_len: Annotated[int | None, _engine(help="Prompt and output tokens of one sequence.")] = None
     block_size: Annotated[int | None, _engine(help="Tokens a block of the KV pool.")] = None
@@ -107,6 +117,8 @@ class EngineOptions:
         given = {name: getattr(self, name) for name in _AS_THEY_ARE}
         given |= {"warmup": self.warmup or None, "deterministic": self.deterministic or None}
         given |= {"enable_prefix_caching": not self.no_prefix_caching}
+        given["kv_cache_dtype"] = _one_or_more(self.kv_cache_dtype)
+        given["kv_cache_dtype_skip_layers"] = _with_commas(self.kv_cache_dtype_skip_layers)
         given["async_scheduling"] = _switch("--async-scheduling", self.async_scheduling)
         arguments = changes | {name: value for name, value in given.items() if value is not None}
         folder = self.compilation_cache
@@ -136,6 +148,15 @@ def _switch(option: str, value: str | None) -> bool | None:
     if value not in (None, "on", "off"):
         raise ValueError(f"{option}={value!r}: must be on or off")
     return None if value is None else value == "on"
+
+
+def _one_or_more(value: str | None) -> str | list[str] | None:
+    listed = _with_commas(value)
+    return listed if listed is None or len(listed) > 1 else listed[0]
+
+
+def _with_commas(value: str | None) -> list[str] | None:
+    return None if value is None else [part.strip() for part in value.split(",")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client.core import Metric
 
+from jaxpaged.kv_cache_dtype import named
 from jaxpaged.serve.metrics.exposition import FamilyMaker
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def config_families(make: FamilyMaker, config: "EngineConfig", stats: "EngineSta
         "num_gpu_blocks": stats.num_blocks,
         "num_host_blocks": stats.num_host_blocks,
         "dtype": config.dtype,
-        "cache_dtype": config.dtype,
+        "cache_dtype": named(config.kv_cache_dtype),
         "enable_prefix_caching": config.enable_prefix_caching,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "max_model_len": config.max_model_len,

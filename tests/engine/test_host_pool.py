@@ -15,18 +15,29 @@ import numpy as np
 import pytest
 
 from jaxpaged.host_pool import MAX_PENDING, HostPool
-from jaxpaged.pallas_kernels import KVPool, gather_blocks, scatter_blocks
+from jaxpaged.pallas_kernels import KVPool, MixedKVPool, gather_blocks, scatter_blocks
 
 LAYERS, BLOCKS, HEADS, SIZE, DIM = 3, 6, 2, 4, 8
 BLOCK = (HEADS, SIZE, DIM)
 NUM_HOST_BLOCKS = 5
-DTYPES = ["float32", "bfloat16", "float16"]
+DTYPES = ["float32", "bfloat16", "float16", "fp8_e4m3", "int8", "int4", "int4, float32, int4"]
 
 
-def random_pool(dtype: str) -> KVPool:
-    rng = np.random.default_rng(0)
-    k, v = (jnp.asarray(rng.standard_normal((LAYERS * BLOCKS, *BLOCK)), dtype) for _ in range(2))
-    return KVPool(k, v, LAYERS)
+MIXED = "int4, float32, int4"
+
+
+def empty_pool(dtype: str) -> KVPool | MixedKVPool:
+    sizes = {"num_blocks": BLOCKS, "num_kv_heads": HEADS, "block_size": SIZE, "head_dim": DIM}
+    if dtype == MIXED:
+        return MixedKVPool.zeros(dtypes=dtype.split(", "), **sizes)
+    return KVPool.zeros(num_layers=LAYERS, dtype=dtype, **sizes)
+
+
+def random_pool(dtype: str) -> Any:
+    """Numbers are normal; codes and scales are any."""
+    rng, empty = np.random.default_rng(0), empty_pool(dtype)
+    made = [jnp.asarray(50 * rng.standard_normal(array.shape)).astype(array.dtype) for array in empty.arrays]
+    return empty.with_arrays(made)
 
 
 def made_of(value: float, width: int = 1, dtype: str = "float32") -> tuple[jax.Array, jax.Array]:
@@ -35,7 +46,7 @@ def made_of(value: float, width: int = 1, dtype: str = "float32") -> tuple[jax.A
     return k, -k
 
 
-def values_of(loaded: tuple[jax.Array, jax.Array]) -> list[float]:
+def values_of(loaded: tuple[jax.Array, ...]) -> list[float]:
     """The one number of each block."""
     k, v = map(np.asarray, loaded)
     np.testing.assert_array_equal(v, -k)
@@ -86,17 +97,19 @@ def pool() -> Iterator[HostPool]:
 def test_blocks_come_back_as_they_went(dtype: str) -> None:
     """Out of one pool, through the host, to other places of an empty one; padded on both ways."""
     device_pool = random_pool(dtype)
-    emptied = KVPool(jnp.zeros_like(device_pool.k), jnp.zeros_like(device_pool.v), LAYERS)
+    emptied: Any = empty_pool(dtype)
     pool = HostPool(NUM_HOST_BLOCKS, device_pool, device=jax.devices()[0])
     out_of, into = jnp.array([4, 1, 3, 0]), jnp.array([2, 5, 1, 0, 0])
     pool.store([3, 0, 4], *gather_blocks(device_pool, out_of))
-    k, v = pool.load([3, 0, 4], 5).result()
-    assert k.dtype == v.dtype == device_pool.k.dtype
-    assert k.devices() == {jax.devices()[0]}
-    filled = scatter_blocks(emptied, into, k, v)
+    loaded = pool.load([3, 0, 4], 5).result()
+    assert [array.dtype for array in loaded] == [array.dtype for array in device_pool.arrays]
+    assert all(array.devices() == {jax.devices()[0]} for array in loaded)
+    assert BLOCKS * pool.bytes_per_block == sum(array.nbytes for array in device_pool.arrays)
+    filled = scatter_blocks(emptied, into, *loaded)
     for found, expected in zip(
         gather_blocks(filled, into[:3]), gather_blocks(device_pool, out_of[:3]), strict=True
     ):
+        assert np.asarray(found).any()
         np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
     pool.close()
 
@@ -252,14 +265,22 @@ def test_gathered_blocks_are_let_go(pool: HostPool, fails: bool, monkeypatch: py
 def test_stores_refuse_what_does_not_fit(
     pool: HostPool, ids: list[int], k: tuple[int, ...], v: tuple[int, ...]
 ) -> None:
-    with pytest.raises(ValueError, match=r"host_ids=|[kv]: float32\["):
+    with pytest.raises(ValueError, match=r"host_ids=|blocks\[[01]\]: float32\["):
         pool.store(ids, jnp.ones(k), jnp.ones(v))
     pool.drain()
     assert pool.stats.bytes_stored == 0
 
 
+def test_codes_without_their_scales_are_refused() -> None:
+    device_pool = random_pool("int8")
+    pool = HostPool(NUM_HOST_BLOCKS, device_pool)
+    with pytest.raises(ValueError, match="blocks: 2 arrays must be 4"):
+        pool.store([0], *gather_blocks(device_pool, jnp.array([1]))[:2])
+    pool.close()
+
+
 def test_another_dtype_is_refused(pool: HostPool) -> None:
-    with pytest.raises(ValueError, match=r"k: bfloat16.* must be float32"):
+    with pytest.raises(ValueError, match=r"blocks\[0\]: bfloat16.* must be float32"):
         pool.store([0], *made_of(1.0, dtype="bfloat16"))
 
 
