@@ -108,8 +108,10 @@ def _scatter_and_attend(
 def _scatter_and_attend_forward(call: _Call, *arguments: Any) -> tuple[Any, Any]:
     q, k, v, kv_pool, batch, operands = _values(arguments)
     out, pool = _scatter_and_attend(call, q, k, v, kv_pool, batch, operands)
-    # The rows' blocks and not the pool: the next layer writes to that, and XLA would have to keep both.
+    # The rows' blocks and not the pool: the next layer writes to that, and XLA would have to keep both. It has to read
+    # the blocks before anybody writes, or it would copy the pool to read them late, in the backward pass.
     blocks = _blocks_of_rows(pool, call.layer, batch)
+    pool, out, blocks = jax.lax.optimization_barrier((pool, out, blocks))
     like = jnp.zeros((), k.dtype), jnp.zeros((), v.dtype)
     return (out, pool), (q, out, blocks, like, batch, operands, _asked(arguments[5]))
 
