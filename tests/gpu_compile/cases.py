@@ -4,7 +4,7 @@ Building is lazy: a case is built in the process that compiles it, and one that 
 ``UnavailableError``.
 """
 
-from tests.gpu_compile import attention_cases, engine_cases, planted_cases, pool_cases
+from tests.gpu_compile import attention_cases, engine_cases, fused_cases, gradient_cases, planted_cases, pool_cases
 from tests.gpu_compile.case import CompileCase
 
 
@@ -15,7 +15,14 @@ def _by_name(*cases: CompileCase) -> dict[str, CompileCase]:
 
 
 # What the tests compile.
-CASES = _by_name(planted_cases.SOUND, *pool_cases.CASES, *attention_cases.CASES, *engine_cases.CASES)
+CASES = _by_name(
+    planted_cases.SOUND,
+    *pool_cases.CASES,
+    *attention_cases.CASES,
+    *gradient_cases.CASES,
+    *engine_cases.CASES,
+    *fused_cases.CASES,
+)
 
 # Compiled only where they are asked for: those with planted faults, and every combination of settings.
 ON_REQUEST = _by_name(*planted_cases.FAULTY, *attention_cases.every_combination())
