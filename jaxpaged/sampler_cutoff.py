@@ -18,14 +18,29 @@ _Carry = tuple[Array, Array, Array, Array, Array]
 
 
 def kept_cutoff(
-    logits: Array, row_max: Array, inverse_temperature: Array, top_k: Array, top_p: Array, min_p: Array
+    logits: Array,
+    row_max: Array,
+    inverse_temperature: Array,
+    top_k: Array,
+    top_p: Array,
+    min_p: Array,
+    *,
+    implementation: str = "xla",
 ) -> Array:
     """The least logit that min-p, then top-k, then top-p keep: float32 [B]; -inf where nothing is filtered.
 
     logits float32 [B, V]; the others [B]: row_max and inverse_temperature float32, top_k int32 (0 or at least V
     is off), top_p float32 in (0, 1] (1 is off), min_p float32 in [0, 1] (0 is off). As in vLLM, top-p counts
     probabilities renormalised over what the other two keep; the most likely token is always kept.
+    implementation: "xla", or "mosaic_gpu" for one kernel on a GPU, which keeps the same tokens.
     """
+    if implementation == "mosaic_gpu":
+        # Imported where it is used: Mosaic GPU takes a quarter of a second to load.
+        from jaxpaged.pallas_kernels.kept_cutoff.mosaic_gpu import kept_cutoff_mosaic_gpu
+
+        return kept_cutoff_mosaic_gpu(logits, row_max, inverse_temperature, top_k, top_p, min_p)
+    if implementation != "xla":
+        raise ValueError(f"kept_cutoff: implementation={implementation!r} is none of ['mosaic_gpu', 'xla']")
     at_top_k = _top_k_cutoff(logits, row_max, top_k)
     weight = weights(logits, row_max, inverse_temperature, at_top_k)
     weight = jnp.where(weight >= min_p[:, None], weight, 0.0)

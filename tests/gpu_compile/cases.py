@@ -4,7 +4,7 @@ Building is lazy: a case is built in the process that compiles it, and one that 
 ``UnavailableError``.
 """
 
-from tests.gpu_compile import attention_cases, engine_cases, gradient_cases, planted_cases, pool_cases
+from tests.gpu_compile import attention_cases, engine_cases, fused_cases, gradient_cases, planted_cases, pool_cases
 from tests.gpu_compile.case import CompileCase
 
 
@@ -21,6 +21,7 @@ CASES = _by_name(
     *attention_cases.CASES,
     *gradient_cases.CASES,
     *engine_cases.CASES,
+    *fused_cases.CASES,
 )
 
 # Compiled only where they are asked for: those with planted faults, and every combination of settings.
