@@ -83,7 +83,7 @@ def unsupported_device_reason(target: GpuTarget | None) -> str | None:
 
 
 def kernel(
-    name: str, body: Callable[..., None], *, interpret: Any = None, **options: Any
+    name: str, body: Callable[..., None], *, interpret: Any = None, auto_barriers: bool = True, **options: Any
 ) -> Callable[..., Any]:
     """``plgpu.kernel`` under the compiler's parameters that all kernels here share.
 
@@ -91,10 +91,12 @@ def kernel(
       name: what profilers and compilers call it.
       body: the kernel.
       interpret: a ``plgpu.InterpretGPUParams`` to run in the interpreter on the CPU, for tests.
+      auto_barriers: whether a warpgroup waits for its threads before and after each store from registers; needless
+        where nothing is both read and written.
       **options: ``out_type``, ``grid``, ``grid_names``, ``scratch_types``, ``num_threads``, ``thread_name``.
     """
     # approx_math: exp2 is the hardware's (relative error 2**-22, PTX ISA, "ex2"); nothing else here relies on it.
-    params = plgpu.CompilerParams(approx_math=True)
+    params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not auto_barriers)
     if interpret is not None:
         options["interpret"] = interpret
 

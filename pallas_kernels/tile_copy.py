@@ -51,9 +51,9 @@ _WARP, _WARPGROUP = 32, 128
 
 def unsupported_reason(kv_pool: KVPool, target: GpuTarget | None) -> str | None:
     """Why the kernels cannot move this pool's tiles on ``target``, or None."""
-    head_dim, dtype = kv_pool.k.shape[3], kv_pool.k.dtype
-    if dtype.name not in _DTYPES:
-        return f"kv_pool.k.dtype={dtype} is none of {', '.join(_DTYPES)}"
+    head_dim, dtype = kv_pool.head_dim, kv_pool.k.dtype
+    if kv_pool.format is None and dtype.name not in _DTYPES:
+        return f"kv_pool.k.dtype={dtype} is none of {', '.join(_DTYPES)}, and not of a quantised pool"
     if head_dim % _WARP or head_dim > MAX_BOX:
         return f"head_dim={head_dim} is no multiple of {_WARP} up to {MAX_BOX}"
     return unsupported_device_reason(target)
@@ -131,14 +131,47 @@ class TileCopy:
     @property
     def _layout(self) -> Any:
         """How a warpgroup shares a tile: in vectors as long as possible, which may not cross the end of a row."""
-        for size in (8, 4, 2, 1):
+        for size in (16, 8, 4, 2, 1):
             fits = size * self.dtype.itemsize <= 16 and self.shape[1] % size == 0
             if fits and prod(self.shape) % (size * _WARPGROUP) == 0:
                 return plgpu.Layout.WG_STRIDED(self.shape, vec_size=size)
-        # Too small for a warpgroup (one head, D of 32, 64 or 96): every warp moves all of it.
-        size = 2 if self.shape[1] % (2 * _WARP) == 0 else 1
-        tiling = plgpu.Tiling(((size * _WARP,), (size,)))
-        return plgpu.Layout.TILED(tiling, warp_dims=(plgpu.Replicated(4),), lane_dims=(-2,), vector_dim=-1)
+        # Too small for a warpgroup, such as one head with D of 32, 64 or 96.
+        return rows_layout(*self.shape, 16 // self.dtype.itemsize)
+
+
+def rows_layout(rows: int, width: int, longest: int) -> Any:
+    """How a warpgroup shares a tile ``[rows, width]`` of rows that each lie in one warp.
+
+    A lane holds vectors of up to ``longest`` elements, of fewer where a warp would lack rows for all of its lanes.
+    Lanes and warps for which there is nothing even then do what others do.
+    """
+    of_width, of_rows = width & -width, rows & -rows  # the largest powers of two that divide them
+    vector = min(longest, of_width)
+    lanes = min(_WARP, of_width // vector)
+    while vector > 1 and lanes < _WARP and lanes * of_rows < 4 * _WARP:
+        vector, lanes = vector // 2, lanes * 2
+    row_lanes = min(_WARP // lanes, of_rows)
+    warps = min(4, of_rows // row_lanes)
+    # Dimensions of a tile, from the last: within a vector, lanes of a row, rows of a warp, 1, warps; those of one are
+    # left out, as Mosaic wants it.
+    tiles: list[tuple[int, ...]] = [(warps * row_lanes, lanes * vector)]
+    row_dim = -3 if lanes > 1 else -2
+    if warps > 1 and row_lanes > 1:
+        tiles.append((row_lanes, lanes * vector))
+    if lanes > 1:
+        tiles.append((vector,))
+    row_lane_dims = (row_dim,) if row_lanes > 1 else ()
+    warp_dims = (row_dim - 2 if row_lanes > 1 else row_dim,) if warps > 1 else ()
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(tuple(tiles)),
+        warp_dims=(*warp_dims, *_copies(4 // warps)),
+        lane_dims=(*row_lane_dims, *((-2,) if lanes > 1 else ()), *_copies(_WARP // (lanes * row_lanes))),
+        vector_dim=-1,
+    )
+
+
+def _copies(count: int) -> tuple[Any, ...]:
+    return (plgpu.Replicated(count),) if count > 1 else ()
 
 
 def divide(value: jax.Array, divisor: int) -> tuple[jax.Array, jax.Array]:

@@ -27,6 +27,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxpaged.pallas_kernels.batch import KVPool
+from jaxpaged.pallas_kernels.cache_scatter.mosaic_quantise import (
+    QuantisedWrite,
+    heads_per_tile,
+    write_quantised,
+)
 from jaxpaged.pallas_kernels.mosaic_gpu import GpuTarget, kernel
 from jaxpaged.pallas_kernels.tile_copy import (
     MAX_TILE_BYTES,
@@ -63,8 +68,14 @@ def cache_scatter_mosaic_gpu(
       NotImplementedError: the device, the pool's dtype or its head dimension is not supported.
     """
     target = supported_target("cache_scatter", kv_pool, target, interpret)
-    call = _Call(target, target.has_tma if tma is None else tma, interpret)
     base = jnp.full(1, layer * kv_pool.num_blocks, jnp.int32)
+    if kv_pool.format is not None:
+        tile_bytes = heads_per_tile(*k.shape[1:]) * k.shape[2] * k.dtype.itemsize
+        tokens = tokens_per_block(k.shape[0], tile_bytes, target.num_sms)
+        has_fp8 = target.compute_capability >= (8, 9)  # PTX ISA, "cvt"
+        quantised = QuantisedWrite(kv_pool.format, tokens, has_fp8, interpret)
+        return kv_pool.with_arrays(write_quantised(quantised, kv_pool.arrays, k, v, base, slots))
+    call = _Call(target, target.has_tma if tma is None else tma, interpret)
     pool_k, pool_v = _write(call, kv_pool.k, kv_pool.v, k, v, base, slots)
     return KVPool(pool_k, pool_v, kv_pool.num_layers)
 
