@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.pallas_kernels import KVPool, cache_scatter, copy_blocks
+from jaxpaged.pallas_kernels.quantisation import FORMATS
 from tests.gpu_compile.case import ALL_TARGETS, CompileCase, Expects, Program, UnavailableError
 
 NUM_LAYERS = 2
@@ -24,10 +25,10 @@ def pool_shape(
     num_blocks: int = NUM_BLOCKS,
     num_layers: int = NUM_LAYERS,
 ) -> KVPool:
-    """An abstract pool, by default of 1 GiB for keys and as much for values."""
-    shape = (num_layers * num_blocks, num_kv_heads, block_size, head_dim)
-    array: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    return KVPool(array, array, num_layers)
+    """An abstract pool, by default of 1 GiB for keys and as much for values; ``dtype`` may name a quantised format."""
+    sizes = {"num_kv_heads": num_kv_heads, "block_size": block_size, "head_dim": head_dim}
+    zeros = partial(KVPool.zeros, num_layers=num_layers, num_blocks=num_blocks, dtype=dtype, **sizes)
+    return jax.eval_shape(zeros)
 
 
 def int32(*shape: int) -> Any:
@@ -50,8 +51,8 @@ def taking(function: Any, implementation: str | None) -> Any:
 def scatter_program(implementation: str | None, num_tokens: int, **pool: Any) -> Program:
     """Keys and values of ``num_tokens`` tokens into layer 1 of a donated pool."""
     kv_pool = pool_shape(**pool)
-    _, num_kv_heads, _, head_dim = kv_pool.k.shape
-    new = jax.ShapeDtypeStruct((num_tokens, num_kv_heads, head_dim), kv_pool.k.dtype)
+    dtype = kv_pool.k.dtype if kv_pool.format is None else jnp.bfloat16
+    new = jax.ShapeDtypeStruct((num_tokens, kv_pool.num_kv_heads, kv_pool.head_dim), dtype)
     scatter = taking(cache_scatter, implementation)
 
     def program(kv_pool: KVPool, k: jax.Array, v: jax.Array, slots: jax.Array) -> KVPool:
@@ -68,6 +69,8 @@ def copy_program(implementation: str | None, **pool: Any) -> Program:
 
 IN_PLACE = Expects(updates_in_place=True)
 MOSAIC = Expects(updates_in_place=True, min_kernels=1)
+# Codes and scales of keys and values leave from one launch.
+QUANTISED = Expects(updates_in_place=True, min_kernels=1)
 
 CASES = (
     CompileCase("scatter-xla-decode", partial(scatter_program, "xla", 64), ALL_TARGETS, IN_PLACE),
@@ -85,4 +88,27 @@ CASES = (
         for dtype, head_dim, block_size in (("float16", 64, 32), ("float32", 96, 16), ("bfloat16", 256, 128))
     ),
     CompileCase("copy-mosaic", partial(copy_program, "mosaic_gpu"), ALL_TARGETS, MOSAIC),
+    *(
+        CompileCase(
+            f"scatter-mosaic-{kind}-{name}",
+            partial(scatter_program, "mosaic_gpu", num_tokens, dtype=kind, **sizes),
+            targets,
+            QUANTISED,
+        )
+        for kind in FORMATS
+        for name, num_tokens, sizes, targets in (
+            ("decode", 64, {}, ("h200", "a100", "l40", "b200", "rtxpro6000")),
+            ("prefill", 16384, {}, ("h200", "a100")),
+            ("narrow", 64, {"num_kv_heads": 1, "head_dim": 96}, ("h200",)),
+        )
+    ),
+    *(
+        CompileCase(
+            f"copy-mosaic-{kind}",
+            partial(copy_program, "mosaic_gpu", dtype=kind),
+            ("h200", "a100", "b200", "rtxpro6000"),
+            Expects(updates_in_place=True, min_kernels=4),
+        )
+        for kind in FORMATS
+    ),
 )

@@ -82,7 +82,7 @@ def read_kernel(path: Path) -> KernelReport:
     """The kernel of a ``.ptx`` file and of the files beside it."""
     ptx = path.read_text(encoding="utf-8", errors="replace")
     said = path.with_suffix(".ptxas").read_text(encoding="utf-8", errors="replace")
-    module = path.with_suffix(".before_layout_inference.txt").read_text(encoding="utf-8", errors="replace")
+    module = _module_of(path).read_text(encoding="utf-8", errors="replace")
     entry = _found(r"\.entry\s+(\S+?)\(", ptx, path)
     return KernelReport(
         name=entry,
@@ -96,6 +96,13 @@ def read_kernel(path: Path) -> KernelReport:
         instructions=count_instructions(ptx),
         notes=notes_of(said),
     )
+
+
+def _module_of(path: Path) -> Path:
+    """The module that a ``.ptx`` file was made of: numbered in the order of tracing, and not of compilation."""
+    suffix = ".before_layout_inference.txt"
+    same_name = list(path.parent.glob(f"{path.stem.rpartition('_')[0]}_*{suffix}"))
+    return same_name[0] if len(same_name) == 1 else path.with_suffix(suffix)
 
 
 def count_instructions(ptx: str) -> dict[str, int]:
