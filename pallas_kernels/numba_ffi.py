@@ -92,6 +92,13 @@ def int32_pointer(typing_context: Any, address: Any) -> Any:
     return types.CPointer(types.int32)(types.int64), _address_codegen
 
 
+@intrinsic
+def uint8_pointer(typing_context: Any, address: Any) -> Any:
+    """A raw address as a byte pointer, to be used with ``numba.carray``."""
+    del typing_context
+    return types.CPointer(types.uint8)(types.int64), _address_codegen
+
+
 def _address_codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 

@@ -182,7 +182,7 @@ def best_implementation(
     Whoever calls with batches of several sizes and wants the same bits in all of them names what the largest gives.
     """
     if platform == "cpu":
-        reason = numba_cpu.unsupported_reason(q.dtype, kv_pool.k.dtype, variant)
+        reason = numba_cpu.unsupported_reason(q, kv_pool, variant)
         return (
             _log_choice(platform, "xla", reason)
             if reason
@@ -209,7 +209,7 @@ def unsupported_reason(
     if implementation == "numba":
         if jax.default_backend() != "cpu":
             return f"it runs on the CPU, the default device is a {jax.default_backend()}"
-        return numba_cpu.unsupported_reason(q.dtype, kv_pool.k.dtype, variant)
+        return numba_cpu.unsupported_reason(q, kv_pool, variant)
     if implementation == "mosaic_gpu":
         from jaxpaged.pallas_kernels.mosaic_gpu import gpu_target
         from jaxpaged.pallas_kernels.paged_attention import mosaic_gpu

@@ -9,6 +9,9 @@ accumulated; the next block is prefetched while one is in use, because blocks ar
 the hardware's prefetcher does not follow. Work is that of the real tokens: a decode row is a tile of one.
 Blocks outside of a sliding window are not touched, nor are slots past a query's own position.
 
+Of a quantised pool, a block's codes become float32 in scratch memory once for a tile of queries, and the same loops run
+over that. Scales multiply scores and weights.
+
 Numerics: float32 throughout; ``exp2`` is a degree-6 polynomial with a relative error below 2e-7.
 The order of additions for one query depends on nothing but its position and the block size.
 """
@@ -23,26 +26,28 @@ import numpy as np
 from jaxpaged.pallas_kernels.batch import AttentionBatch, KVPool
 from jaxpaged.pallas_kernels.variant import AttentionVariant
 
+KINDS = {"fp8_e4m3": 0, "int8": 1, "int4": 2}  # the kernel's numbers of the formats of ``quantisation``
 
-def unsupported_reason(q_dtype: jnp.dtype, pool_dtype: jnp.dtype, variant: AttentionVariant) -> str | None:
+
+def unsupported_reason(q: jax.Array, kv_pool: KVPool, variant: AttentionVariant) -> str | None:
     """Why this implementation cannot take a call, or None."""
-    if jnp.dtype(q_dtype) != jnp.float32 or jnp.dtype(pool_dtype) != jnp.float32:
-        return (
-            f"it computes in float32 only, got queries {jnp.dtype(q_dtype)} and pool {jnp.dtype(pool_dtype)}"
-        )
+    if q.dtype != jnp.float32 or (kv_pool.format is None and kv_pool.k.dtype != jnp.float32):
+        return f"it computes in float32 only, got queries {q.dtype} and pool {kv_pool.k.dtype}"
     if variant.has_mods:
         return "score_mod and mask_mod are JAX functions, which compiled CPU code cannot trace"
     return None
 
 
 @cache
-def _register() -> str:
-    """Compiles the kernel and makes it an FFI target; numba is imported on first use (0.5 s)."""
+def _register(quantised: bool) -> str:
+    """Compiles one of the two kernels and makes it an FFI target; numba is imported on first use (0.5 s)."""
     from jaxpaged.pallas_kernels.numba_ffi import register
-    from jaxpaged.pallas_kernels.paged_attention.numba_kernel import paged_attention_frame
+    from jaxpaged.pallas_kernels.paged_attention import numba_kernel
 
-    name = "jaxpaged_paged_attention"
-    register(name, paged_attention_frame)
+    name = "jaxpaged_quantised_attention" if quantised else "jaxpaged_paged_attention"
+    register(
+        name, numba_kernel.quantised_attention_frame if quantised else numba_kernel.paged_attention_frame
+    )
     return name
 
 
@@ -58,12 +63,13 @@ def paged_attention_numba(
     """Attention over the pool in place; arguments as in ``paged_attention``.
 
     Raises:
-      NotImplementedError: another dtype than float32, or a variant with functions.
+      NotImplementedError: queries or a pool of another dtype, or a variant with functions.
     """
-    reason = unsupported_reason(q.dtype, kv_pool.k.dtype, variant)
+    reason = unsupported_reason(q, kv_pool, variant)
     if reason is not None:
         raise NotImplementedError(f"paged_attention implementation 'numba': {reason}")
-    target = _register()
+    kind = kv_pool.format
+    target = _register(kind is not None)
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = kv_pool.k.shape[1]
     parts = num_parts(num_kv_heads)
@@ -75,7 +81,9 @@ def paged_attention_numba(
         heads = num_heads // parts
         kv_heads = num_kv_heads // parts
         layer_base = layer * kv_pool.num_blocks
-        ints = np.array([layer_base, variant.sliding_window or 0, part * kv_heads, kv_heads], np.int32)
+        window = variant.sliding_window or 0
+        code = 0 if kind is None else KINDS[kind.name]
+        ints = np.array([layer_base, window, part * kv_heads, kv_heads, code], np.int32)
         call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((num_tokens, heads, head_dim), jnp.float32))
         outs.append(
             call(
@@ -88,6 +96,7 @@ def paged_attention_numba(
                 jnp.asarray(ints),
                 floats,
                 sinks,
+                *kv_pool.arrays[2:],
             )
         )
     return outs[0] if parts == 1 else jnp.concatenate(outs, axis=1)

@@ -12,7 +12,15 @@ from jaxpaged.pallas_kernels.numba_ffi import (
     operand_dim,
     prefetch,
     result,
+    uint8_pointer,
 )
+from jaxpaged.pallas_kernels.paged_attention.numba_codes import (
+    decode_fp8,
+    decode_int4,
+    decode_int8,
+    multiply,
+)
+from jaxpaged.pallas_kernels.paged_attention.numba_cpu import KINDS
 from jaxpaged.pallas_kernels.paged_attention.numba_vector import (
     LANES,
     add_values,
@@ -23,7 +31,9 @@ from jaxpaged.pallas_kernels.paged_attention.numba_vector import (
 
 TILE_Q = 8  # query tokens that share one read of a key block
 CHUNK = 256  # keys of one online-softmax step
+_CACHE_LINE = 64
 
+_FP8, _INT8 = KINDS["fp8_e4m3"], KINDS["int8"]
 _MASKED = np.float32(-1e30)
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
@@ -33,14 +43,13 @@ _jit = numba.njit(fastmath=_FAST, error_model="numpy", boundscheck=False, cache=
 
 
 @_jit
-def _score_block(q, head, k, block, kv_head, scores, line, column, hi, scale):  # type: ignore[no-untyped-def]
+def _score_block(q, head, group, k, block, kv_head, scores, line, column, hi, scale):  # type: ignore[no-untyped-def]
     """Scores of the first ``hi`` slots of a block against heads ``head:`` of every query of ``q`` ``[Q, Hq, D]``.
 
     They go to ``scores[line + i * G + g, column:]`` for query ``i`` and head ``g`` of the group.
     """
     num_q, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k.shape[1], k.shape[2]
-    group = num_heads // num_kv_heads
     if head_dim % LANES == 0 and block_size % LANES == 0:
         tile = (block * num_kv_heads + kv_head) * block_size * head_dim
         for i in range(num_q):
@@ -78,11 +87,45 @@ def _add_block(acc, scores, n, column, v, block, kv_head, lo, hi):  # type: igno
 
 
 @_jit
-def _prefetch_tile(pool, block, kv_head):  # type: ignore[no-untyped-def]
+def _decode(tile, codes, kind, block, kv_head, lo, hi):  # type: ignore[no-untyped-def]
+    """Codes of slots ``lo:hi`` of a block and head, as numbers, to the same slots of ``tile`` ``[1, 1, S, D]``."""
+    width, head_dim = codes.shape[3], tile.shape[3]
+    at = ((block * codes.shape[1] + kv_head) * codes.shape[2] + lo) * width
+    if kind == _FP8:
+        decode_fp8(tile, lo * head_dim, codes, at, (hi - lo) * width)
+    elif kind == _INT8:
+        decode_int8(tile, lo * head_dim, codes, at, (hi - lo) * width)
+    else:
+        for s in range(hi - lo):
+            decode_int4(tile, (lo + s) * head_dim, codes, at + s * width, width)
+
+
+@_jit
+def _multiply(scores, n, column, scales, block, kv_head, lo, hi):  # type: ignore[no-untyped-def]
+    """``scores[n, column + lo : column + hi] *= scales[block, kv_head, lo:hi]``."""
+    at = (block * scales.shape[1] + kv_head) * scales.shape[2] + lo
+    multiply(scores, n * scores.shape[1] + column + lo, scales, at, hi - lo)
+
+
+@_jit
+def _score_codes(q, head, group, k, k_scale, kind, tile, block, kv_head, scores, line, column, hi, scale):  # type: ignore[no-untyped-def]
+    """``_score_block`` where the keys are codes: ``q . (s c) = s (q . c)``."""
+    _decode(tile, k, kind, block, kv_head, 0, hi)
+    _score_block(q, head, group, tile, 0, 0, scores, line, column, hi, scale)
+    for n in range(line, line + q.shape[0] * group):
+        _multiply(scores, n, column, k_scale, block, kv_head, 0, hi)
+
+
+@_jit
+def _prefetch_tile(pool, scales, block, kv_head):  # type: ignore[no-untyped-def]
     size = pool.shape[2] * pool.shape[3]
     at = (block * pool.shape[1] + kv_head) * size
-    for line in range(0, size, LANES):
+    for line in range(0, size, _CACHE_LINE // pool.itemsize):
         prefetch(pool, at + line)
+    if scales is not None:
+        at = (block * scales.shape[1] + kv_head) * scales.shape[2]
+        for line in range(0, scales.shape[2], LANES):
+            prefetch(scales, at + line)
 
 
 @_jit
@@ -107,14 +150,17 @@ def _cap(scores, lo, hi, cap):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _attend_tile(q, k, v, table, acc, top, total, scores, positions, geometry, scale, cap):  # type: ignore[no-untyped-def]
+def _attend_tile(  # type: ignore[no-untyped-def]
+    q, k, v, k_scale, v_scale, tile, table, acc, top, total, scores, positions, geometry, scale, cap
+):
     """All keys of one tile of queries of one row.
 
-    Args: ``q`` ``[Q, Hq, D]``; pools ``[L*N, Hkv, S, D]``; the row's ``table``; per (kv head, query, head of the
-    group) in this order ``acc`` ``[n, D]``, ``top`` ``[n]`` and ``total`` ``[n]``, initialised; scratch ``scores``
-    ``[n, CHUNK]``; ``positions`` of the queries; geometry: a tuple of integers.
+    Args: ``q`` ``[Q, Hq, D]``; pools ``[L*N, Hkv, S, D]``, or bytes with scales ``[L*N, Hkv, S]`` and scratch ``tile``
+    ``[1, 1, S, D]``; the row's ``table``; per (kv head, query, head of the group) in this order ``acc`` ``[n, D]``,
+    ``top`` ``[n]`` and ``total`` ``[n]``, initialised; scratch ``scores`` ``[n, CHUNK]``; ``positions`` of the
+    queries; geometry: a tuple of integers.
     """
-    layer_base, window, head0, heads, group = geometry
+    layer_base, window, head0, heads, group, kind = geometry
     num_q, block_size = q.shape[0], k.shape[2]
     per_head = num_q * group
     start = max(0, positions[0] - window + 1) if window > 0 else 0
@@ -126,22 +172,17 @@ def _attend_tile(q, k, v, table, acc, top, total, scores, positions, geometry, s
             block = layer_base + table[b]
             for h in range(heads):
                 if b + 1 < end_block:
-                    _prefetch_tile(k, layer_base + table[b + 1], head0 + h)
+                    _prefetch_tile(k, k_scale, layer_base + table[b + 1], head0 + h)
                 else:
-                    _prefetch_tile(v, layer_base + table[first_block], head0 + h)
+                    _prefetch_tile(v, v_scale, layer_base + table[first_block], head0 + h)
                 hi = min(block_size, end - b * block_size)
-                _score_block(
-                    q,
-                    (head0 + h) * group,
-                    k,
-                    block,
-                    head0 + h,
-                    scores,
-                    h * per_head,
-                    b * block_size - base,
-                    hi,
-                    scale,
-                )
+                head, line, column = head0 + h, h * per_head, b * block_size - base
+                if k_scale is None:
+                    _score_block(q, head * group, group, k, block, head, scores, line, column, hi, scale)
+                else:
+                    _score_codes(
+                        q, head * group, group, k, k_scale, kind, tile, block, head, scores, line, column, hi, scale
+                    )  # fmt: skip
         for i in range(num_q):
             hi = min(end, positions[i] + 1) - base
             lo = max(max(base, start), positions[i] + 1 - window) - base if window > 0 else 0
@@ -156,20 +197,30 @@ def _attend_tile(q, k, v, table, acc, top, total, scores, positions, geometry, s
             block, column = layer_base + table[b], b * block_size - base
             for h in range(heads):
                 if b + 1 < end_block:
-                    _prefetch_tile(v, layer_base + table[b + 1], head0 + h)
+                    _prefetch_tile(v, v_scale, layer_base + table[b + 1], head0 + h)
+                if v_scale is not None:
+                    # What any query of the tile sees.
+                    lo, hi = max(0, start - b * block_size), min(block_size, end - b * block_size)
+                    _decode(tile, v, kind, block, head0 + h, lo, hi)
                 for i in range(num_q):
                     hi = min(block_size, positions[i] + 1 - b * block_size)
                     lo = max(0, positions[i] + 1 - window - b * block_size) if window > 0 else 0
                     if hi <= lo:
                         continue  # the block lies after this query, or before its window
                     for n in range(h * per_head + i * group, h * per_head + (i + 1) * group):
-                        _add_block(acc, scores, n, column, v, block, head0 + h, lo, hi)
+                        if v_scale is None:
+                            _add_block(acc, scores, n, column, v, block, head0 + h, lo, hi)
+                        else:
+                            _multiply(scores, n, column, v_scale, block, head0 + h, lo, hi)
+                            _add_block(acc, scores, n, column, tile, 0, 0, lo, hi)
 
 
 @_jit
-def _attend_rows(q, k, v, tables, starts, positions, sinks, out, geometry, scale, cap):  # type: ignore[no-untyped-def]
+def _attend_rows(  # type: ignore[no-untyped-def]
+    q, k, v, k_scale, v_scale, tile, tables, starts, positions, sinks, out, geometry, scale, cap
+):
     """Every tile of every row; ``out`` is ``[T, heads of this part * G, D]``."""
-    _, _, head0, heads, group = geometry
+    _, _, head0, heads, group, _ = geometry
     head_dim = q.shape[2]
     rows = TILE_Q * heads * group
     width = -(-max(CHUNK, k.shape[2]) // LANES) * LANES
@@ -186,7 +237,7 @@ def _attend_rows(q, k, v, tables, starts, positions, sinks, out, geometry, scale
                 top[n] = sinks[head] if len(sinks) > 0 else _MASKED
                 total[n] = _ONE if len(sinks) > 0 else _ZERO
             _attend_tile(
-                q[first : first + num_q], k, v, tables[row], acc, top, total, scores,
+                q[first : first + num_q], k, v, k_scale, v_scale, tile, tables[row], acc, top, total, scores,
                 positions[first : first + num_q], geometry, scale, cap,
             )  # fmt: skip
             for n in range(heads * per_head):
@@ -197,26 +248,57 @@ def _attend_rows(q, k, v, tables, starts, positions, sinks, out, geometry, scale
     out[starts[len(starts) - 1] :] = _ZERO
 
 
-@numba.njit(error_model="numpy", cache=True)
-def paged_attention_frame(frame):  # type: ignore[no-untyped-def]
-    """FFI entry: operands q, k, v, block_tables, query_start_loc, positions, ints, floats, sinks; one result."""
+@_jit
+def _attend_frame(frame, k, v, k_scale, v_scale, tile):  # type: ignore[no-untyped-def]
+    """The operands that are the same for all pools."""
     num_tokens, num_heads, head_dim = (
         operand_dim(frame, 0, 0),
         operand_dim(frame, 0, 1),
         operand_dim(frame, 0, 2),
     )
-    pool = (operand_dim(frame, 1, 0), operand_dim(frame, 1, 1), operand_dim(frame, 1, 2), head_dim)
     num_rows, width = operand_dim(frame, 3, 0), operand_dim(frame, 3, 1)
     q = numba.carray(float32_pointer(operand(frame, 0)), (num_tokens, num_heads, head_dim))
-    k = numba.carray(float32_pointer(operand(frame, 1)), pool)
-    v = numba.carray(float32_pointer(operand(frame, 2)), pool)
     tables = numba.carray(int32_pointer(operand(frame, 3)), (num_rows, width))
     starts = numba.carray(int32_pointer(operand(frame, 4)), (num_rows + 1,))
     positions = numba.carray(int32_pointer(operand(frame, 5)), (num_tokens,))
-    ints = numba.carray(int32_pointer(operand(frame, 6)), (4,))
+    ints = numba.carray(int32_pointer(operand(frame, 6)), (5,))
     floats = numba.carray(float32_pointer(operand(frame, 7)), (2,))
     sinks = numba.carray(float32_pointer(operand(frame, 8)), (operand_dim(frame, 8, 0),))
-    group = num_heads // pool[1]
-    out = numba.carray(float32_pointer(result(frame, 0)), (num_tokens, ints[3] * group, head_dim))
-    geometry = (np.int64(ints[0]), np.int64(ints[1]), np.int64(ints[2]), np.int64(ints[3]), group)
-    _attend_rows(q, k, v, tables, starts, positions, sinks, out, geometry, floats[0], floats[1])
+    base, window, head0, heads, kind = ints[0], ints[1], ints[2], ints[3], ints[4]
+    group = num_heads // k.shape[1]
+    out = numba.carray(float32_pointer(result(frame, 0)), (num_tokens, heads * group, head_dim))
+    geometry = (np.int64(base), np.int64(window), np.int64(head0), np.int64(heads), group, np.int64(kind))
+    _attend_rows(
+        q, k, v, k_scale, v_scale, tile, tables, starts, positions, sinks, out, geometry, floats[0], floats[1]
+    )
+
+
+@_jit
+def _pool_shape(frame):  # type: ignore[no-untyped-def]
+    return (
+        operand_dim(frame, 1, 0),
+        operand_dim(frame, 1, 1),
+        operand_dim(frame, 1, 2),
+        operand_dim(frame, 1, 3),
+    )
+
+
+@_jit
+def paged_attention_frame(frame):  # type: ignore[no-untyped-def]
+    """FFI entry: operands q, k, v, block_tables, query_start_loc, positions, ints, floats, sinks; one result."""
+    shape = _pool_shape(frame)
+    k = numba.carray(float32_pointer(operand(frame, 1)), shape)
+    v = numba.carray(float32_pointer(operand(frame, 2)), shape)
+    _attend_frame(frame, k, v, None, None, None)
+
+
+@_jit
+def quantised_attention_frame(frame):  # type: ignore[no-untyped-def]
+    """FFI entry over a pool of codes: operands as above, then k_scale and v_scale."""
+    shape = _pool_shape(frame)
+    k = numba.carray(uint8_pointer(operand(frame, 1)), shape)
+    v = numba.carray(uint8_pointer(operand(frame, 2)), shape)
+    k_scale = numba.carray(float32_pointer(operand(frame, 9)), shape[:3])
+    v_scale = numba.carray(float32_pointer(operand(frame, 10)), shape[:3])
+    tile = np.empty((1, 1, shape[2], operand_dim(frame, 0, 2)), np.float32)
+    _attend_frame(frame, k, v, k_scale, v_scale, tile)

@@ -25,7 +25,8 @@ _EXP2 = (
 _ZEROS = ir.Constant(_VEC, [0.0] * LANES)
 
 
-def _data(context: Any, builder: Any, array_type: Any, value: Any) -> Any:
+def array_data(context: Any, builder: Any, array_type: Any, value: Any) -> Any:
+    """Pointer to an array's first element."""
     return context.make_array(array_type)(context, builder, value).data
 
 
@@ -57,7 +58,7 @@ def _mask(lanes: list[int]) -> Any:
     return ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
 
 
-def _loop(builder: Any, start: Any, stop: Any, step: int, initial: list[Any], body: Any) -> list[Any]:
+def loop(builder: Any, start: Any, stop: Any, step: int, initial: list[Any], body: Any) -> list[Any]:
     """``for i in range(start, stop, step)`` that carries values; ``body(i, values)`` returns the new ones."""
     before = builder.block
     head = builder.append_basic_block("head")
@@ -129,7 +130,7 @@ def max_of(typing: Any, scores: Any, at: Any, lo: Any, hi: Any, top: Any) -> Any
     del typing, at, lo, hi, top
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = _data(context, builder, signature.args[0], args[0])
+        data = array_data(context, builder, signature.args[0], args[0])
         lo, hi = (builder.trunc(args[i], _I32) for i in (2, 3))
         best = _splat(builder, args[4])
 
@@ -140,7 +141,7 @@ def max_of(typing: Any, scores: Any, at: Any, lo: Any, hi: Any, top: Any) -> Any
             return [builder.select(larger, value, carried[0])]
 
         first = builder.and_(args[2], _I64(-LANES))
-        (best,) = _loop(builder, first, args[3], LANES, [best], body)
+        (best,) = loop(builder, first, args[3], LANES, [best], body)
         return _reduce(builder, "fmax", [best])
 
     index = types.int64
@@ -158,7 +159,7 @@ def exp_sum(typing: Any, scores: Any, at: Any, lo: Any, hi: Any, top: Any) -> An
     del typing, at, lo, hi, top
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = _data(context, builder, signature.args[0], args[0])
+        data = array_data(context, builder, signature.args[0], args[0])
         lo, hi = (builder.trunc(args[i], _I32) for i in (2, 3))
         top = _splat(builder, args[4])
         kind = ir.FunctionType(_VEC, [_VEC])
@@ -182,7 +183,7 @@ def exp_sum(typing: Any, scores: Any, at: Any, lo: Any, hi: Any, top: Any) -> An
             return [builder.fadd(carried[0], weight)]
 
         first = builder.and_(args[2], _I64(-LANES))
-        (total,) = _loop(builder, first, args[3], LANES, [_ZEROS], body)
+        (total,) = loop(builder, first, args[3], LANES, [_ZEROS], body)
         return _reduce(builder, "fadd", [_F32(0.0), total])
 
     index = types.int64
@@ -202,7 +203,7 @@ def score_keys(
     del typing
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        q, k, out = (_data(context, builder, signature.args[i], args[i]) for i in (0, 2, 4))
+        q, k, out = (array_data(context, builder, signature.args[i], args[i]) for i in (0, 2, 4))
         size = args[6]
         rows = [builder.add(args[3], builder.mul(_I64(i), size)) for i in range(LANES)]
 
@@ -213,7 +214,7 @@ def score_keys(
                 for row, total in zip(rows, sums, strict=True)
             ]
 
-        sums = _loop(builder, _I64(0), size, LANES, [_ZEROS] * LANES, body)
+        sums = loop(builder, _I64(0), size, LANES, [_ZEROS] * LANES, body)
         total = _sum_lanes(builder, sums)
         _store(builder, builder.fmul(total, _splat(builder, args[7])), out, args[5])
         return context.get_dummy_value()
@@ -234,7 +235,7 @@ def add_values(
     del typing
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        acc, w, v = (_data(context, builder, signature.args[i], args[i]) for i in (0, 2, 4))
+        acc, w, v = (array_data(context, builder, signature.args[i], args[i]) for i in (0, 2, 4))
         count, size = args[6], args[7]
         even = builder.and_(count, _I64(-2))
 
@@ -257,9 +258,9 @@ def add_values(
                     first = add_key(key, d, carried[:width])
                     return first + add_key(builder.add(key, _I64(1)), d, carried[width:])
 
-                both = _loop(builder, _I64(0), even, 2, sums + [_ZEROS] * width, two_keys)
+                both = loop(builder, _I64(0), even, 2, sums + [_ZEROS] * width, two_keys)
                 sums = [builder.fadd(a, b) for a, b in zip(both[:width], both[width:], strict=True)]
-                sums = _loop(builder, even, count, 1, sums, lambda key, carried: add_key(key, d, carried))
+                sums = loop(builder, even, count, 1, sums, lambda key, carried: add_key(key, d, carried))
                 for place, total in zip(places, sums, strict=True):
                     _store(builder, total, acc, place)
                 return []
@@ -267,8 +268,8 @@ def add_values(
             return body
 
         wide = builder.sub(size, builder.srem(size, _I64(4 * LANES)))
-        _loop(builder, _I64(0), wide, 4 * LANES, [], columns(4))
-        _loop(builder, wide, size, LANES, [], columns(1))
+        loop(builder, _I64(0), wide, 4 * LANES, [], columns(4))
+        loop(builder, wide, size, LANES, [], columns(1))
         return context.get_dummy_value()
 
     at = types.int64
