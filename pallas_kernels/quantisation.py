@@ -71,7 +71,7 @@ def quantise(vectors: jax.Array, kind: KVFormat) -> tuple[jax.Array, jax.Array]:
 
     Returns:
       codes ``[..., D / per_byte]`` in ``kind.storage``, and float32 scales ``[...]``: the largest absolute value over
-      ``kind.largest``, and 1 for a vector of zeros, or of nothing from 1e-30 on. Rounding is to nearest, ties to even.
+      ``kind.largest``, and 1 where no element reaches 1e-30. Rounding is to nearest, ties to even.
       A vector with NaN or infinity in it has such a scale, too: all of it reads as NaN.
     """
     vectors = vectors.astype(jnp.float32)

@@ -137,10 +137,10 @@ def _quantise(call: QuantisedWrite, layout: Any, parts: Sequence[jax.Array]) -> 
 def _fp8(call: QuantisedWrite, x: jax.Array) -> jax.Array:
     if call.fp8_instruction:
         return x.astype(call.kind.storage)
-    return lax.bitcast_convert_type(_e4m3_bits(x).astype(jnp.int8), call.kind.storage)
+    return lax.bitcast_convert_type(e4m3_bits(x).astype(jnp.int8), call.kind.storage)
 
 
-def _e4m3_bits(x: jax.Array) -> jax.Array:
+def e4m3_bits(x: jax.Array) -> jax.Array:
     """The codes of float8_e4m3fn, as int32, of float32 that is at most 448; rounded to nearest, ties to even.
 
     A normal number keeps three bits of its fraction: what is cut off carries into them, and from them into the
