@@ -23,6 +23,7 @@ from jaxpaged.pallas_kernels.mosaic_gpu import (
     smem_bytes_of,
     unsupported_device_reason,
 )
+from jaxpaged.pallas_kernels.paged_attention.mosaic_codes import by_part, from_parts, ring_width, words_of
 from jaxpaged.pallas_kernels.paged_attention.mosaic_combine import combine
 from jaxpaged.pallas_kernels.paged_attention.mosaic_launch import attend_items
 from jaxpaged.pallas_kernels.paged_attention.mosaic_mma import MMA
@@ -32,9 +33,11 @@ from jaxpaged.pallas_kernels.paged_attention.mosaic_operands import (
     too_large_reason,
 )
 from jaxpaged.pallas_kernels.paged_attention.mosaic_plan import WorkPlan, make_plan, max_tiles
+from jaxpaged.pallas_kernels.paged_attention.mosaic_ring import swizzle_for_cp_async
 from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import TileShape
 from jaxpaged.pallas_kernels.paged_attention.mosaic_wgmma import WGMMA
 from jaxpaged.pallas_kernels.paged_attention.tuning import CallShape, MosaicConfig, config_for
+from jaxpaged.pallas_kernels.quantisation import KVFormat
 from jaxpaged.pallas_kernels.variant import AttentionVariant, VariantSpec
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -54,6 +57,7 @@ class _Call:
     target: GpuTarget
     deterministic: bool
     interpret: Any
+    kind: KVFormat | None
 
 
 def paged_attention_mosaic_gpu(
@@ -71,7 +75,7 @@ def paged_attention_mosaic_gpu(
     """Attention over the pool in place; arguments as in ``paged_attention``.
 
     Args:
-      q: bfloat16 or float16 ``[T, Hq, D]``, of the pool's dtype.
+      q: bfloat16 or float16 ``[T, Hq, D]``, of the pool's dtype if that is not quantised.
       kv_pool: see ``KVPool``.
       layer: which layer of the pool.
       batch: see ``AttentionBatch``.
@@ -93,8 +97,11 @@ def paged_attention_mosaic_gpu(
     config = config or _config(target, q, kv_pool, batch, deterministic=deterministic)
     spec, arrays = variant.split()
     base = jnp.full(1, layer * kv_pool.num_blocks, jnp.int32)
-    call = _Call(spec, config, target, deterministic, interpret)
-    return _attend(call, q, kv_pool.k, kv_pool.v, base, batch, arrays)
+    call = _Call(spec, config, target, deterministic, interpret, kv_pool.format)
+    pool = kv_pool.arrays
+    if kv_pool.format is not None:
+        pool = (words_of(kv_pool.k), words_of(kv_pool.v), *pool[2:])
+    return _attend(call, q, pool, base, batch, arrays)
 
 
 def unsupported_reason(
@@ -107,15 +114,16 @@ def unsupported_reason(
     deterministic: bool = False,
 ) -> str | None:
     """Why a call cannot be taken, or None; without ``batch``, but for the size of what a variant needs of arrays."""
-    reason = unsupported_device_reason(target) or _shape_reason(q, kv_pool)
+    reason = unsupported_device_reason(target) or _shape_reason(target, q, kv_pool)
     if reason is not None:
         return reason
     assert target is not None
     if config is not None and config.form == "wgmma" and not target.has_wgmma:
         return f"config.form='wgmma' needs a Hopper GPU, the target is {target.kind}"
+    kind, width = kv_pool.format, ring_width(kv_pool.head_dim, kv_pool.format)
     if config is not None:
-        tile_m, _ = _tile_rows(config, q.shape[1] // kv_pool.k.shape[1])
-        needed = shared_memory(config, tile_m, kv_pool.k.shape[3])
+        tile_m, _ = _tile_rows(config, q.shape[1] // kv_pool.k.shape[1], width)
+        needed = shared_memory(config, tile_m, kv_pool.head_dim, kind)
         if needed > target.smem_bytes:
             return f"{config} needs {needed} bytes of shared memory, {target.kind} has {target.smem_bytes}"
     try:
@@ -125,7 +133,7 @@ def unsupported_reason(
     if batch is None:
         return None
     config = config or _config(target, q, kv_pool, batch, deterministic=deterministic)
-    tile_m, tile_q = _tile_rows(config, q.shape[1] // kv_pool.k.shape[1])
+    tile_m, tile_q = _tile_rows(config, q.shape[1] // kv_pool.k.shape[1], width)
     tiles = max_tiles(q.shape[0], batch.seq_lens.shape[0], tile_q)
     return too_large_reason(
         mods, tiles, kv_pool.k.shape[1], tile_m, _keys_covered(batch, kv_pool.block_size, config)
@@ -147,14 +155,24 @@ def automatic_reason(
     return reason
 
 
-def _shape_reason(q: jax.Array, kv_pool: KVPool) -> str | None:
-    _, num_kv_heads, block_size, head_dim = kv_pool.k.shape
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or kv_pool.k.dtype != q.dtype:
-        return f"it takes bfloat16 or float16, queries and pool alike, got {q.dtype} and {kv_pool.k.dtype}"
+def _shape_reason(target: GpuTarget | None, q: jax.Array, kv_pool: KVPool) -> str | None:
+    num_kv_heads, block_size, head_dim, kind = (
+        kv_pool.num_kv_heads, kv_pool.block_size, kv_pool.head_dim, kv_pool.format
+    )  # fmt: skip
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or (kind is None and kv_pool.k.dtype != q.dtype):
+        return (
+            f"it takes bfloat16 or float16, queries and pool alike, got {q.dtype} and {kv_pool.k.dtype} "
+            "(a quantised pool may differ)"
+        )
     if head_dim not in HEAD_DIMS:
         return f"head_dim={head_dim} is none of {HEAD_DIMS}"
     if block_size not in BLOCK_SIZES:
         return f"block_size={block_size} is none of {BLOCK_SIZES}"
+    width = ring_width(head_dim, kind)
+    if width % 16:
+        return f"head_dim={head_dim} is no multiple of 64, which it must be for {kind and kind.name}"
+    if target is not None and not target.has_tma and swizzle_for_cp_async(block_size, width) is None:
+        return f"blocks of {block_size} with head_dim={head_dim} in {kind and kind.name} need Hopper or newer"
     if q.shape[1] // num_kv_heads > MAX_GROUP:
         return f"{q.shape[1]} query heads over {num_kv_heads} kv heads: at most {MAX_GROUP} may share one"
     return None
@@ -163,24 +181,34 @@ def _shape_reason(q: jax.Array, kv_pool: KVPool) -> str | None:
 def _config(
     target: GpuTarget, q: jax.Array, kv_pool: KVPool, batch: AttentionBatch, *, deterministic: bool
 ) -> MosaicConfig:
-    _, num_kv_heads, block_size, head_dim = kv_pool.k.shape
+    num_kv_heads, block_size, head_dim = kv_pool.num_kv_heads, kv_pool.block_size, kv_pool.head_dim
     num_rows, table_width = batch.block_tables.shape
     shape = CallShape(
         q.shape[0], num_rows, q.shape[1], num_kv_heads, head_dim, block_size, table_width * block_size
     )
-    return config_for(target, shape, q.dtype, deterministic=deterministic)
+    config = config_for(target, shape, kv_pool.k.dtype, deterministic=deterministic)
+    if kv_pool.format is not None and config.form not in ("mma", "wgmma"):  # which takes no codes
+        return MosaicConfig("wgmma", 64, 2, 1, 64)
+    return config
 
 
-def shared_memory(config: MosaicConfig, tile_m: int, head_dim: int) -> int:
+def shared_memory(config: MosaicConfig, tile_m: int, head_dim: int, kind: KVFormat | None = None) -> int:
     """Bytes that a thread block takes of shared memory, within what barriers and reductions need (``_SCRATCH``)."""
-    ring = (2 * config.stages, config.tile_kv, head_dim)
+    ring = (2 * config.stages, config.tile_kv, ring_width(head_dim, kind))
+    extra = 0
+    if kind is not None:
+        extra = 2 * config.stages * config.tile_kv * 4
+        extra += 2 * config.tile_kv * head_dim if config.form == "wgmma" else 0
     other = (tile_m, head_dim if config.form == "wgmma" else config.tile_kv)
-    return smem_bytes_of([(ring, jnp.bfloat16), (other, jnp.bfloat16)]) + _SCRATCH
+    return smem_bytes_of([(ring, jnp.bfloat16), (other, jnp.bfloat16)]) + extra + _SCRATCH
 
 
-def _tile_rows(config: MosaicConfig, group: int) -> tuple[int, int]:
-    """Rows of a tile and query tokens in it: at least one token's heads, and a size the products have."""
-    tile_m = next(m for m in (16, 32, 64) if m >= max(config.tile_m, group))
+def _tile_rows(config: MosaicConfig, group: int, width: int) -> tuple[int, int]:
+    """Rows of a tile and query tokens in it: at least one token's heads, and a size the products have.
+
+    With ``m`` rows the warps that are left side by side take ``512 / m`` columns of values.
+    """
+    tile_m = next(m for m in (16, 32, 64) if m >= max(config.tile_m, group) and width % (512 // m) == 0)
     return tile_m, max(1, tile_m // group)
 
 
@@ -193,17 +221,17 @@ def _keys_covered(batch: AttentionBatch, block_size: int, config: MosaicConfig) 
 def _attend(
     call: _Call,
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    pool: tuple[jax.Array, ...],
     base: jax.Array,
     batch: AttentionBatch,
     arrays: tuple[jax.Array, ...],
 ) -> jax.Array:
     config, target = call.config, call.target
     _, num_heads, head_dim = q.shape
-    num_kv_heads, block_size = k.shape[1:3]
+    num_kv_heads, block_size = pool[0].shape[1:3]
     group = num_heads // num_kv_heads
-    tile_m, tile_q = _tile_rows(config, group)
+    q = q if call.kind is None else by_part(q, call.kind)
+    tile_m, tile_q = _tile_rows(config, group, ring_width(head_dim, call.kind))
     variant = call.spec.bind(arrays)
     mods = split_mods(variant)
     blocks_at_once = target.num_sms * config.ctas_per_sm
@@ -229,6 +257,8 @@ def _attend(
         sliding_window=variant.sliding_window,
         mods=mods,
         has_tma=target.has_tma,
+        kind=call.kind,
+        interpreted=call.interpret is not None,
     )
     keys = _keys_covered(batch, block_size, config)
     operands = pack_operands(
@@ -241,7 +271,7 @@ def _attend(
         WGMMA() if config.form == "wgmma" else MMA(),
         shape,
         packed,
-        (k, v),
+        pool,
         base,
         batch.block_tables,
         plan,
@@ -254,6 +284,7 @@ def _attend(
         partials, log_sums, plan.item_starts, plan.item_counts, sinks, q.dtype, interpret=call.interpret
     )
     out = _unpack(joined, plan, group)
+    out = out if call.kind is None else from_parts(out, call.kind)
     real = jnp.arange(q.shape[0]) < batch.query_start_loc[-1]
     return jnp.where(real[:, None, None], out, jnp.zeros((), out.dtype))
 

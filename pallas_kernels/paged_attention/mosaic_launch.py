@@ -32,10 +32,14 @@ class KernelRefs:
     log_sums: Any
     scratch: Sequence[Any]
     head: Any
+    scales: tuple[Any, ...] = ()
 
-    def store(self, item: Item, result: jax.Array, log_sum: jax.Array) -> None:
-        """Writes the partial result of an item, whatever the layout of its registers."""
-        store_global(self.out.at[item.index, self.head], result)
+    def store(self, item: Item, results: Sequence[jax.Array], log_sum: jax.Array) -> None:
+        """Writes the partial result of an item, columns side by side, whatever the layout of its registers."""
+        first = 0
+        for result in results:
+            store_global(self.out.at[item.index, self.head, :, pl.ds(first, result.shape[1])], result)
+            first += result.shape[1]
         store_global(self.log_sums.at[item.index, self.head], log_sum)
 
 
@@ -60,7 +64,7 @@ def attend_items(
     form: Form,
     shape: TileShape,
     q: jax.Array,
-    pool: tuple[jax.Array, jax.Array],
+    pool: tuple[jax.Array, ...],
     base: jax.Array,
     tables: jax.Array,
     plan: WorkPlan,
@@ -74,8 +78,9 @@ def attend_items(
     Args:
       form: ``MMA`` or ``WGMMA``.
       shape: static sizes.
-      q: ``[P, Hkv, M, D]``, queries packed into tiles.
-      pool: keys and values, ``[L*N, Hkv, S, D]``.
+      q: ``[P, Hkv, M, D]``, queries packed into tiles; for a quantised pool with D as ``mosaic_codes.by_part`` has it,
+        and so is the result's.
+      pool: keys and values, ``[L*N, Hkv, S, D]``, or the words of their codes and float32 ``[L*N, Hkv, S]`` scales.
       base: int32 ``[1]``, the layer's first block.
       tables: int32 ``[B, M]``.
       plan: the batch's items, ``W`` at most.
@@ -89,7 +94,7 @@ def attend_items(
     max_items, (_, num_kv_heads, tile_m, head_dim) = plan.items.shape[0], q.shape
     run = kernel(
         f"paged_attention_{shape.config.form}",
-        partial(_body, form, shape, max_items, len(operands)),
+        partial(_body, form, shape, max_items, len(pool), len(operands)),
         out_type=[
             jax.ShapeDtypeStruct((max_items, num_kv_heads, tile_m, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((max_items, num_kv_heads, tile_m), jnp.float32),
@@ -104,11 +109,15 @@ def attend_items(
     return out, log_sums
 
 
-def _body(form: Form, shape: TileShape, max_items: int, num_operands: int, *refs: Any) -> None:
-    q, k, v, base, tables, items, num_items = refs[:7]
-    operands, rest = refs[7 : 7 + num_operands], refs[7 + num_operands :]
+def _body(
+    form: Form, shape: TileShape, max_items: int, num_pool: int, num_operands: int, q: Any, *refs: Any
+) -> None:
+    pool, (base, tables, items, num_items, *rest) = refs[:num_pool], refs[num_pool:]
+    operands, rest = rest[:num_operands], rest[num_operands:]
     head = lax.axis_index("head")
-    kernel_refs = KernelRefs(q, (k, v), base, tables, operands, rest[0], rest[1], rest[2:], head)
+    kernel_refs = KernelRefs(
+        q, (pool[0], pool[1]), base, tables, operands, rest[0], rest[1], rest[2:], head, pool[2:]
+    )
     mine, stride = lax.axis_index("item"), lax.axis_size("item")
 
     def for_items(attend: Callable[[Item], None]) -> None:

@@ -7,9 +7,13 @@ memory, as does the maximum over keys; sums of weights stay with their threads u
 the blocks to copy are read one step earlier still, so that no copy waits for the block table.
 
 Shared memory is swizzled by the compiler and operands come by ``ldmatrix``: no bank conflicts. Products of bfloat16
-or float16 accumulate in float32; softmax is float32; weights are rounded to the pool's dtype. Partial results are
+or float16 accumulate in float32; softmax is float32; weights are rounded to the queries' dtype. Partial results are
 float32, and ``mosaic_combine`` joins them. Method: FlashAttention-2 (arXiv:2307.08691) with the heads of a group as
 rows.
+
+Codes of a quantised pool become operands in the registers that ``ldmatrix`` brought them to (``mosaic_codes``), so that
+shared memory is written and read once for each byte of the pool. A key's scale multiplies its scores before anything
+else does, a value's its weights before they are rounded; sums of weights are without it.
 """
 
 from typing import Any
@@ -53,7 +57,7 @@ class MMA:
 
 
 def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
-    tile_m, head_dim, tile_kv = shape.tile_m, shape.head_dim, shape.config.tile_kv
+    tile_m, tile_kv, width = shape.tile_m, shape.config.tile_kv, shape.ring_width
     dtype, ahead = refs.q.dtype, shape.config.stages - 1
     layouts = (plgpu.Layout.MMA_LHS, plgpu.Layout.MMA_RHS, plgpu.Layout.MMA_ACC)
     lhs, rhs, accumulator = (layout(dtype, m_warps=tile_m // 16) for layout in layouts)
@@ -64,37 +68,52 @@ def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
     ring.before_reuse()
     for early in range(ahead):
         ring.issue(jnp.int32(early), ring.ids(jnp.int32(early)))
-    queries = plgpu.load(refs.q.at[item.tile, refs.head], layout=lhs, optimized=False)
+    columns = range(0, shape.head_dim, width)
+    queries = [
+        plgpu.load(refs.q.at[item.tile, refs.head, :, pl.ds(first, width)], layout=lhs, optimized=False)
+        for first in columns
+    ]
     top = plgpu.layout_cast(jnp.full((tile_m,), MASKED, jnp.float32), accumulator.reduce(1))
-    start = zeros(tile_m, head_dim), top, zeros(tile_m, tile_kv), ring.ids(jnp.int32(ahead))
+    accs = [zeros(tile_m, width) for _ in columns]
+    start = accs, top, zeros(tile_m, tile_kv), ring.ids(jnp.int32(ahead)), ring.first_scales()
 
     operands = operands_of(shape, item, refs.head, refs.operands, accumulator)
 
     def step(i: Any, carry: Any) -> Any:
-        acc, top, totals, ids = carry
+        accs, top, totals, ids, scales = carry
         slot = ring.slot(i)
         ring.before_reuse()
         ring.issue(i + ahead, ids)
         ids = ring.ids(i + (ahead + 1))
+        scales = ring.next_scales(i, scales)
         loaded = operands.at(first_key(shape, item, i))
         ring.wait_keys(i)
-        keys = plgpu.load(ring.keys.at[slot].T, layout=rhs, optimized=False)
-        scores = plgpu.mma(zeros(tile_m, tile_kv), queries, keys)
+        scores = zeros(tile_m, tile_kv)
+        for some, keys in zip(queries, ring.operands(ring.keys.at[slot].T, rhs), strict=True):
+            scores = plgpu.mma(scores, some, keys)
+        scores = ring.scaled_by_keys(i, scores, accumulator)
         scores, visible = modify(shape, item, i, refs.head, scores, loaded, accumulator)
         weights, decay, top = softmax_weights(scores, visible, top)
         totals = totals * lax.broadcast_in_dim(decay, totals.shape, [0]) + weights
-        weights_ref[...] = weights.astype(dtype)
+        weights_ref[...] = ring.scaled_for_values(i, weights, visible, accumulator).astype(dtype)
         ring.wait_values(i)
 
-        @pl.when(has_unseen_keys(shape, item, i))
-        def _() -> None:
-            clear_unseen(shape, item, i, ring.values.at[slot], value_layout)
+        if shape.kind is None:  # codes are never NaN
 
-        values = plgpu.load(ring.values.at[slot], layout=rhs, optimized=False)
+            @pl.when(has_unseen_keys(shape, item, i))
+            def _() -> None:
+                clear_unseen(shape, item, i, ring.values.at[slot], value_layout)
+
+        operands_of_values = ring.operands(ring.values.at[slot], rhs)
         packed = plgpu.load(weights_ref, layout=lhs, optimized=False)
-        acc = plgpu.mma(acc * lax.broadcast_in_dim(decay, acc.shape, [0]), packed, values)
-        return acc, top, totals, ids
+        accs = [
+            plgpu.mma(acc * lax.broadcast_in_dim(decay, acc.shape, [0]), packed, values)
+            for acc, values in zip(accs, operands_of_values, strict=True)
+        ]
+        return accs, top, totals, ids, scales
 
-    acc, top, totals, _ = lax.fori_loop(0, item.steps, step, start)
+    accs, top, totals, *_ = lax.fori_loop(0, item.steps, step, start)
     ring.finish()
-    refs.store(item, *normalised(acc, top, totals.sum(axis=1)))
+    total = totals.sum(axis=1)
+    results, log_sums = zip(*(normalised(acc, top, total) for acc in accs), strict=True)
+    refs.store(item, results, log_sums[0])

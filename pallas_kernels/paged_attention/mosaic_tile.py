@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxpaged.pallas_kernels.hoisting import accurate_tanh
+from jaxpaged.pallas_kernels.paged_attention.mosaic_codes import ring_width
 from jaxpaged.pallas_kernels.paged_attention.mosaic_operands import KernelMods, LoadedOperands
 from jaxpaged.pallas_kernels.paged_attention.mosaic_plan import (
     BEGIN,
@@ -25,6 +26,7 @@ from jaxpaged.pallas_kernels.paged_attention.mosaic_plan import (
     TILE,
 )
 from jaxpaged.pallas_kernels.paged_attention.tuning import MosaicConfig
+from jaxpaged.pallas_kernels.quantisation import KVFormat
 from jaxpaged.pallas_kernels.variant import MASKED
 
 LOG2E = math.log2(math.e)
@@ -48,6 +50,13 @@ class TileShape:
     sliding_window: int | None
     mods: KernelMods
     has_tma: bool
+    kind: KVFormat | None = None
+    interpreted: bool = False
+
+    @property
+    def ring_width(self) -> int:
+        """Elements of a row of keys or values as they are copied: D, or words of codes."""
+        return ring_width(self.head_dim, self.kind)
 
     @property
     def blocks_per_tile(self) -> int:

@@ -6,9 +6,13 @@ many steps as the ring has slots; a slot is free again when the values' product 
 shared memory straight into the products, weights come from registers, and maxima and sums never leave their warp:
 a row belongs to four threads.
 
+Codes of a quantised pool are written to shared memory as numbers, one tile at a time, because that is where these
+products take them from.
+
 Numerics as in ``mosaic_mma``. Method: FlashAttention-3 (arXiv:2407.08608), without its second consumer.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -36,18 +40,21 @@ from jaxpaged.pallas_kernels.variant import MASKED
 _COMPUTE, _COPY = 0, 1
 # Registers of a thread: the least that "setmaxnreg" allows (PTX ISA), and what head_dim 256 takes without spilling.
 _COPY_REGISTERS, _COMPUTE_REGISTERS = 24, 240
+# Columns of words that are in registers at a time: what of each part is one swizzled line of 128 bytes.
+_WORDS = 64
 
 
 class WGMMA:
     """The Hopper form; see ``mosaic_launch.Form``."""
 
     def scratch(self, shape: TileShape, dtype: Any, interpreted: bool) -> list[Any]:
-        """Queries, their barrier, the slots' releases, the weights where they cannot be registers, and the ring."""
+        """Queries, their barrier, the slots' releases, the ring, codes as numbers, the interpreter's weights."""
         queries = plgpu.SMEM((shape.tile_m, shape.head_dim), dtype)
         released = plgpu.Barrier(num_barriers=shape.config.stages)
         # The interpreter takes the left operand from shared memory only.
         weights = [plgpu.SMEM((shape.tile_m, shape.config.tile_kv), dtype)] * interpreted
-        return [queries, plgpu.Barrier(), released, *ring_scratch(shape, dtype), *weights]
+        numbers = [plgpu.SMEM((shape.config.tile_kv, shape.head_dim), dtype)] * (shape.kind is not None)
+        return [queries, plgpu.Barrier(), released, *ring_scratch(shape, dtype), *numbers, *weights]
 
     def threads(self) -> dict[str, Any]:
         """Two warpgroups."""
@@ -68,7 +75,7 @@ class WGMMA:
 
 
 def _copy(shape: TileShape, refs: KernelRefs, item: Item) -> None:
-    released, ring = refs.scratch[2], Ring(shape, refs, item, refs.scratch[3:7])
+    released, ring = refs.scratch[2], Ring(shape, refs, item, refs.scratch[3:])
     stages = shape.config.stages
 
     def step(i: Any, ids: list[Any]) -> list[Any]:
@@ -89,7 +96,8 @@ def _copy(shape: TileShape, refs: KernelRefs, item: Item) -> None:
 
 def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
     q_ref, q_barrier, released = refs.scratch[:3]
-    ring, weights_ref = Ring(shape, refs, item, refs.scratch[3:7]), refs.scratch[7:]
+    ring = Ring(shape, refs, item, refs.scratch[3:])
+    numbers, weights_ref = (None, ring.others) if shape.kind is None else (ring.others[0], ring.others[1:])
     tile_m, head_dim, tile_kv = shape.tile_m, shape.head_dim, shape.config.tile_kv
     dtype, layout = refs.q.dtype, plgpu.Layout.WGMMA
     plgpu.copy_gmem_to_smem(refs.q.at[item.tile, refs.head], q_ref, q_barrier)
@@ -105,30 +113,50 @@ def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
         slot = ring.slot(i)
         loaded = operands.at(first_key(shape, item, i))
         ring.wait_keys(i)
+        keys = _to_multiply(ring, ring.keys.at[slot], numbers)
 
         def product_with_keys(scores: Any) -> Any:
-            plgpu.wgmma(scores, q_ref, ring.keys.at[slot].T)
+            plgpu.wgmma(scores, q_ref, keys.T)
             return scores[...]
 
         scores = pl.run_scoped(product_with_keys, plgpu.WGMMAAccumulatorRef((tile_m, tile_kv), jnp.float32))
+        scores = ring.scaled_by_keys(i, scores, layout)
         scores, visible = modify(shape, item, i, refs.head, scores, loaded, layout)
         weights, decay, top = softmax_weights(scores, visible, top)
         total = total * decay + weights.sum(axis=1)
-        packed = weights.astype(dtype)
+        packed = ring.scaled_for_values(i, weights, visible, layout).astype(dtype)
         ring.wait_values(i)
 
-        @pl.when(has_unseen_keys(shape, item, i))
-        def _() -> None:
-            clear_unseen(shape, item, i, ring.values.at[slot], layout)
-            plgpu.commit_smem()
+        if shape.kind is None:  # codes are never NaN
 
+            @pl.when(has_unseen_keys(shape, item, i))
+            def _() -> None:
+                clear_unseen(shape, item, i, ring.values.at[slot], layout)
+                plgpu.commit_smem()
+
+        values = _to_multiply(ring, ring.values.at[slot], numbers)
         acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-        acc = _add_product(acc, packed, weights_ref, ring.values.at[slot])
+        acc = _add_product(acc, packed, weights_ref, values)
         plgpu.barrier_arrive(released.at[slot])
         return acc, top, total
 
     acc, top, total = lax.fori_loop(0, item.steps, step, start)
-    refs.store(item, *normalised(acc, top, total))
+    result, log_sum = normalised(acc, top, total)
+    refs.store(item, [result], log_sum)
+
+
+def _to_multiply(ring: Ring, tile: Any, numbers: Any) -> Any:
+    """A tile of keys or values where products can read it: where it is, or in ``numbers`` if it holds codes."""
+    if numbers is None:
+        return tile
+    width = ring.shape.ring_width
+    some = math.gcd(width, _WORDS)
+    for first in range(0, width, some):
+        parts = ring.operands(tile.at[:, pl.ds(first, some)], plgpu.Layout.WGMMA)
+        for place, part in enumerate(parts):
+            numbers[:, pl.ds(place * width + first, some)] = part
+    plgpu.commit_smem()
+    return numbers
 
 
 def _add_product(acc: Any, weights: Any, staging: Sequence[Any], values: Any) -> Any:
