@@ -38,7 +38,6 @@ from jaxpaged.pallas_kernels.paged_attention.api import (
     best_implementation,
     unsupported_reason,
 )
-from jaxpaged.pallas_kernels.quantisation import FORMATS
 from jaxpaged.policies import policy_from
 from jaxpaged.preemption import Preemption
 from jaxpaged.preemption_cost import PreemptionCost
@@ -107,7 +106,8 @@ def resolve(
     config = EngineConfig.resolve(
         arguments, platform=device.platform, max_position_embeddings=model_config.max_position_embeddings
     )
-    config = replace(config, kv_cache_dtype=_kv_cache_dtype(model_config, config))
+    dtypes = config.layer_dtypes(model_config.num_layers)
+    config = replace(config, kv_cache_dtype=dtypes[0] if len(set(dtypes)) == 1 else dtypes)
     if config.attention is not None and config.attention not in list(IMPLEMENTATIONS):
         known = ", ".join(sorted(IMPLEMENTATIONS))
         raise InvalidRequestError("attention", config.attention, f"must be None or one of {known}")
@@ -118,20 +118,6 @@ def resolve(
     if not isinstance(model, Decoder):
         model = load_model(Path(model), dtype=jnp.dtype(config.dtype))
     return model_config, config, model
-
-
-def _kv_cache_dtype(shape: ModelConfig, config: EngineConfig) -> str | tuple[str, ...]:
-    """The dtype or format of all layers, or of each, and the check that the model can have it."""
-    dtypes = config.layer_dtypes(shape.num_layers)
-    for name in dict.fromkeys(dtypes):
-        kind = FORMATS.get(name)
-        if kind is not None and shape.head_dim % kind.per_byte:
-            raise InvalidRequestError(
-                "kv_cache_dtype",
-                config.kv_cache_dtype,
-                f"{name} keeps {kind.per_byte} elements in a byte, and head_dim={shape.head_dim} is odd",
-            )
-    return dtypes[0] if len(set(dtypes)) == 1 else dtypes
 
 
 def assemble(
