@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.pallas_kernels.batch import KVPool
+from jaxpaged.pallas_kernels.pool_moves import scattered
 
 
 def copy_blocks_xla(kv_pool: KVPool, sources: jax.Array, targets: jax.Array) -> KVPool:
@@ -20,8 +21,13 @@ def gather_blocks_xla(kv_pool: KVPool, block_ids: jax.Array) -> tuple[jax.Array,
 def scatter_blocks_xla(kv_pool: KVPool, block_ids: jax.Array, *contents: jax.Array) -> KVPool:
     """Arguments as in ``scatter_blocks``."""
     entries = _entries(kv_pool, block_ids)
-    pools = zip(kv_pool.arrays, contents, strict=True)
-    return kv_pool.with_arrays([pool.at[entries].set(new.astype(pool.dtype)) for pool, new in pools])
+    starts = jnp.pad(entries.reshape(-1, 1), ((0, 0), (0, 3)))
+
+    def write(pool: jax.Array, new: jax.Array) -> jax.Array:
+        boxes = new.astype(pool.dtype).reshape(-1, 1, *pool.shape[1:])
+        return scattered(pool, lambda pool: pool.at[entries].set(new.astype(pool.dtype)), starts, boxes)
+
+    return kv_pool.with_arrays([write(pool, new) for pool, new in zip(kv_pool.arrays, contents, strict=True)])
 
 
 def _entries(kv_pool: KVPool, block_ids: jax.Array) -> jax.Array:

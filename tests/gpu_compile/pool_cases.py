@@ -76,6 +76,11 @@ CASES = (
     CompileCase("scatter-xla-decode", partial(scatter_program, "xla", 64), ALL_TARGETS, IN_PLACE),
     CompileCase("scatter-xla-prefill", partial(scatter_program, "xla", 2048), ("h200",), IN_PLACE),
     CompileCase("copy-xla", partial(copy_program, "xla"), ("h200", "a100"), IN_PLACE),
+    # XLA:CPU converts a whole pool of fp8 to write to it; for GPUs it must not.
+    CompileCase(
+        "scatter-xla-fp8", partial(scatter_program, "xla", 64, dtype="fp8_e4m3"), ("h200", "a100"), IN_PLACE
+    ),
+    CompileCase("copy-xla-fp8", partial(copy_program, "xla", dtype="fp8_e4m3"), ("h200", "a100"), IN_PLACE),
     CompileCase("scatter-mosaic-decode", partial(scatter_program, "mosaic_gpu", 64), ALL_TARGETS, MOSAIC),
     CompileCase("scatter-mosaic-prefill", partial(scatter_program, "mosaic_gpu", 2048), ("h200",), MOSAIC),
     *(
