@@ -72,18 +72,20 @@ def _score_block(q, head, group, k, block, kv_head, scores, line, column, hi, sc
 
 
 @_jit
-def _add_block(acc, scores, n, column, v, block, kv_head, lo, hi):  # type: ignore[no-untyped-def]
-    """``acc[n] += scores[n, column + lo : column + hi] @ v[block, kv_head, lo:hi]``."""
+def _add_block(acc, scores, line, count, column, v, block, kv_head, lo, hi):  # type: ignore[no-untyped-def]
+    """``acc[n] += scores[n, column + lo : column + hi] @ v[block, kv_head, lo:hi]`` for ``count`` lines ``n``."""
     num_kv_heads, block_size, head_dim = v.shape[1], v.shape[2], v.shape[3]
     if head_dim % LANES == 0:
         values_at = ((block * num_kv_heads + kv_head) * block_size + lo) * head_dim
-        weights_at = n * scores.shape[1] + column + lo
-        add_values(acc, n * head_dim, scores, weights_at, v, values_at, hi - lo, head_dim)
+        for n in range(line, line + count):
+            weights_at = n * scores.shape[1] + column + lo
+            add_values(acc, n * head_dim, scores, weights_at, v, values_at, hi - lo, head_dim)
         return
-    for s in range(lo, hi):
-        weight, value = scores[n, column + s], v[block, kv_head, s]
-        for d in range(head_dim):
-            acc[n, d] += weight * value[d]
+    for n in range(line, line + count):
+        for s in range(lo, hi):
+            weight, value = scores[n, column + s], v[block, kv_head, s]
+            for d in range(head_dim):
+                acc[n, d] += weight * value[d]
 
 
 @_jit
@@ -101,10 +103,11 @@ def _decode(tile, codes, kind, block, kv_head, lo, hi):  # type: ignore[no-untyp
 
 
 @_jit
-def _multiply(scores, n, column, scales, block, kv_head, lo, hi):  # type: ignore[no-untyped-def]
-    """``scores[n, column + lo : column + hi] *= scales[block, kv_head, lo:hi]``."""
+def _multiply(scores, line, count, column, scales, block, kv_head, lo, hi):  # type: ignore[no-untyped-def]
+    """``scores[n, column + lo : column + hi] *= scales[block, kv_head, lo:hi]`` for ``count`` lines ``n``."""
     at = (block * scales.shape[1] + kv_head) * scales.shape[2] + lo
-    multiply(scores, n * scores.shape[1] + column + lo, scales, at, hi - lo)
+    for n in range(line, line + count):
+        multiply(scores, n * scores.shape[1] + column + lo, scales, at, hi - lo)
 
 
 @_jit
@@ -112,8 +115,7 @@ def _score_codes(q, head, group, k, k_scale, kind, tile, block, kv_head, scores,
     """``_score_block`` where the keys are codes: ``q . (s c) = s (q . c)``."""
     _decode(tile, k, kind, block, kv_head, 0, hi)
     _score_block(q, head, group, tile, 0, 0, scores, line, column, hi, scale)
-    for n in range(line, line + q.shape[0] * group):
-        _multiply(scores, n, column, k_scale, block, kv_head, 0, hi)
+    _multiply(scores, line, q.shape[0] * group, column, k_scale, block, kv_head, 0, hi)
 
 
 @_jit
@@ -207,12 +209,12 @@ def _attend_tile(  # type: ignore[no-untyped-def]
                     lo = max(0, positions[i] + 1 - window - b * block_size) if window > 0 else 0
                     if hi <= lo:
                         continue  # the block lies after this query, or before its window
-                    for n in range(h * per_head + i * group, h * per_head + (i + 1) * group):
-                        if v_scale is None:
-                            _add_block(acc, scores, n, column, v, block, head0 + h, lo, hi)
-                        else:
-                            _multiply(scores, n, column, v_scale, block, head0 + h, lo, hi)
-                            _add_block(acc, scores, n, column, tile, 0, 0, lo, hi)
+                    line = h * per_head + i * group
+                    if v_scale is None:
+                        _add_block(acc, scores, line, group, column, v, block, head0 + h, lo, hi)
+                    else:
+                        _multiply(scores, line, group, column, v_scale, block, head0 + h, lo, hi)
+                        _add_block(acc, scores, line, group, column, tile, 0, 0, lo, hi)
 
 
 @_jit
