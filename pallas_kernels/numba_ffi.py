@@ -55,6 +55,20 @@ def _set_word(typing_context: Any, address: Any, value: Any) -> Any:
     return types.void(types.int64, types.int64), codegen
 
 
+@intrinsic
+def _call(typing_context: Any, address: Any, frame: Any) -> Any:
+    """Calls the C function ``void (int64)`` at a raw address."""
+    del typing_context, address, frame
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del signature
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
 @numba.njit(cache=True)
 def _word(address: int, index: int) -> int:
     return _word_at(address + 8 * index)
@@ -142,7 +156,7 @@ def register(name: str, function: Any) -> None:
 
     Args:
       name: target name for ``jax.ffi.ffi_call``.
-      function: a ``numba.njit`` function; it writes the result buffers.
+      function: a ``numba.njit`` function; it writes the result buffers. Its machine code is cached beside its source.
     """
     with _registering:
         if name not in _registered:
@@ -150,8 +164,14 @@ def register(name: str, function: Any) -> None:
 
 
 def _compile_and_register(name: str, function: Any) -> Any:
-    """The compiled handler; its machine code lives as long as this object."""
+    """What was compiled; the machine code lives as long as these objects."""
     version = _api_version()
+    # Reached by its address: a function that the handler calls by name is compiled into it anew in every process,
+    # cached or not, which takes a second or two.
+    body = numba.cfunc(types.void(types.int64), nopython=True, error_model="numpy", cache=True)(
+        function.py_func
+    )
+    address = body.address
 
     def handler(frame: int) -> int:
         extension = _word(frame, _FRAME_EXTENSION)
@@ -161,11 +181,11 @@ def _compile_and_register(name: str, function: Any) -> Any:
             _set_word(metadata + 8 * _METADATA_VERSION, version)
             _set_word(metadata + 8 * _METADATA_TRAITS, 0)
             return 0
-        function(frame)
+        _call(address, frame)
         return 0
 
     compiled = numba.cfunc(types.int64(types.int64), nopython=True, error_model="numpy")(handler)
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     jax.ffi.register_ffi_target(name, capsule(compiled.address, None, None), platform="cpu")
-    return compiled
+    return body, compiled

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numba
 import numpy as np
 
+from jaxpaged.pallas_kernels import numba_ffi
 from jaxpaged.pallas_kernels.numba_ffi import (
     float32_pointer,
     int32_pointer,
@@ -47,6 +48,14 @@ def test_a_registered_function_runs_inside_a_program() -> None:
         by = jnp.arange(rows, dtype=jnp.int32)
         expected = (2 * (2 * x + by[:, None] + 1) + by[:, None]).sum(axis=1)
         np.testing.assert_array_equal(program(x, by), expected)
+
+
+def test_machine_code_is_made_once() -> None:
+    """Not once for each process, which would take seconds: the second handler finds what the first one left."""
+    for name in ("test_cached_first", "test_cached_second"):
+        register(name, shifted_rows)
+    body, _ = numba_ffi._registered["test_cached_second"]
+    assert body.cache_hits == 1
 
 
 @numba.njit
