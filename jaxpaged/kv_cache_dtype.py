@@ -1,5 +1,6 @@
 """What ``kv_cache_dtype`` says: in which dtype or format each layer of the model keeps its keys and values."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from jaxpaged.errors import InvalidRequestError
@@ -80,10 +81,10 @@ def layer_dtypes(
 
 
 def named(dtypes: str | Sequence[str]) -> str:
-    """For people: one name, or how many layers have which, as in "int4 (4 layers), bfloat16 (2 layers)"."""
+    """For people: one name, or how many layers have which, as in "int4 (4 layers), bfloat16 (1 layer)"."""
     if isinstance(dtypes, str):
         return dtypes
-    names = list(dict.fromkeys(dtypes))
-    if len(names) == 1:
-        return names[0]
-    return ", ".join(f"{name} ({dtypes.count(name)} layers)" for name in names)
+    counts = Counter(dtypes)
+    if len(counts) == 1:
+        return dtypes[0]
+    return ", ".join(f"{name} ({n} layer{'s' * (n > 1)})" for name, n in counts.items())

@@ -69,3 +69,39 @@ def test_every_layer_has_a_place_of_its_own_in_a_group_of_its_kind(windows: list
     assert {group for group, _ in layout.places} == set(range(layout.num_groups))
     unused = layout.num_groups * size - len(windows)
     assert unused <= MAX_WASTE * len(windows)
+
+
+def test_layers_of_several_dtypes_and_one_window_are_one_group() -> None:
+    layout = KVLayout.of([None] * 5, 1000, ["a", "b", "b", "a", "b"], {"a": 2, "b": 1})
+    assert layout.windows == (None,)
+    assert layout.dtypes == ("a", "a", "b", "b", "b")
+    assert layout.places == ((0, 0), (0, 2), (0, 3), (0, 1), (0, 4))
+
+
+def test_a_group_has_each_dtype_in_the_numbers_of_the_others() -> None:
+    """Five of six layers have a window; the first and the last two of twelve keep more bits."""
+    dtypes = ["a", *["b"] * 9, "a", "a"]
+    layout = KVLayout.of(pattern(6, 64, 12), 1000, dtypes, {"a": 4, "b": 1})
+    assert layout.dtypes == ("a", "b", "b", "b", "b")
+    assert Counter(layout.windows) == {64: 2, None: 1}  # 24 for what 21 would do for: the least there is
+
+
+@hypothesis.given(
+    st.lists(st.tuples(st.sampled_from([None, 8, 16]), st.sampled_from("abc")), min_size=1, max_size=24),
+    st.fixed_dictionaries({dtype: st.integers(1, 8) for dtype in "abc"}),
+)
+def test_layers_that_share_an_index_have_one_dtype(
+    kinds: list[tuple[int | None, str]], sizes: dict[str, int]
+) -> None:
+    windows, dtypes = [window for window, _ in kinds], [dtype for _, dtype in kinds]
+    layout = KVLayout.of(windows, 1000, dtypes, sizes)
+    assert len(set(layout.places)) == len(layout.places) == len(kinds)
+    for (window, dtype), (group, index) in zip(kinds, layout.places, strict=True):
+        assert layout.windows[group] == window
+        assert layout.dtypes[index] == dtype
+    assert {group for group, _ in layout.places} == set(range(layout.num_groups))
+    assert {index for _, index in layout.places} == set(range(layout.layers_per_block))
+    # No more than where each layer has a group of its own kind to itself.
+    needed = sum(sizes[dtype] for dtype in dtypes)
+    taken = layout.num_groups * sum(sizes[dtype] for dtype in layout.dtypes)
+    assert needed <= taken <= max((1 + MAX_WASTE) * needed, len(kinds) * sum(sizes[d] for d in set(dtypes)))
