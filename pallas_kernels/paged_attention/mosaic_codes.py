@@ -20,6 +20,7 @@ float16 without ``.ftz`` (PTX ISA). There are no NaN: the codes of e4m3 for thes
 weight is zero adds nothing, whatever its memory holds.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,12 +88,12 @@ class Numbers:
         return 2.0**self.bias
 
 
-_NUMBERS = {jnp.dtype(n.dtype): n for n in (Numbers(jnp.bfloat16, 7, 127), Numbers(jnp.float16, 10, 15))}
+NUMBERS = {jnp.dtype(n.dtype): n for n in (Numbers(jnp.bfloat16, 7, 127), Numbers(jnp.float16, 10, 15))}
 
 
 def unit_of(kind: KVFormat, dtype: Any) -> float:
     """What ``parts_of`` must be multiplied by to be the codes; a power of two."""
-    numbers = _NUMBERS[jnp.dtype(dtype)]
+    numbers = NUMBERS[jnp.dtype(dtype)]
     return 1.0 if kind.storage == jnp.float8_e4m3fn else 1.0 / (numbers.tiny * numbers.top)
 
 
@@ -111,19 +112,29 @@ def parts_of(
     Returns:
       Codes over ``unit_of``, of the shape of ``words`` and in ``layout``.
     """
-    numbers = _NUMBERS[jnp.dtype(dtype)]
+    numbers = NUMBERS[jnp.dtype(dtype)]
 
     def shifted(bits: jax.Array, left: int) -> jax.Array:
         return _shift_lanes(bits, left) if interpreted else _shift_pairs(bits, left, layout)
 
-    make = _float_bits if kind.storage == jnp.float8_e4m3fn else _integer_bits
     value = _value_on_cpu if interpreted else _value
-    return [value(numbers, *part) for part in make(words, kind, numbers, shifted)]
+    return [value(numbers, *part) for part in bits_of_parts(words, kind, numbers, shifted)]
+
+
+def bits_of_parts(
+    words: Any, kind: KVFormat, numbers: Numbers, shifted: Callable[[Any, int], Any]
+) -> list[tuple[Any, float, float]]:
+    """Of each part a float's bits, what to multiply it by and what to subtract then.
+
+    ``shifted`` moves words to the left, or by a negative number to the right; what it fills with is masked.
+    """
+    make = _float_bits if kind.storage == jnp.float8_e4m3fn else _integer_bits
+    return make(words, kind, numbers, shifted)
 
 
 def _integer_bits(
-    words: jax.Array, kind: KVFormat, numbers: Numbers, shifted: Any
-) -> list[tuple[jax.Array, float, float]]:
+    words: Any, kind: KVFormat, numbers: Numbers, shifted: Callable[[Any, int], Any]
+) -> list[tuple[Any, float, float]]:
     """Bits, factor and subtrahend of each part of int8 or int4."""
     step = numbers.tiny * numbers.top
     if kind.per_byte == 1:
@@ -138,8 +149,8 @@ def _integer_bits(
 
 
 def _float_bits(
-    words: jax.Array, kind: KVFormat, numbers: Numbers, shifted: Any
-) -> list[tuple[jax.Array, float, float]]:
+    words: Any, kind: KVFormat, numbers: Numbers, shifted: Callable[[Any, int], Any]
+) -> list[tuple[Any, float, float]]:
     """Bits, factor and nothing to subtract of each part of e4m3, whose bias is 7 and whose mantissa has 3 bits."""
     del kind
     sign, wider = _word(0x8000), 15 - numbers.mantissa - 4
@@ -177,7 +188,7 @@ def _shift_lanes(words: jax.Array, left: int) -> jax.Array:
 def _shift_pairs(words: jax.Array, left: int, layout: Any) -> jax.Array:
     """Shifts registers of two words as a whole, one instruction where LLVM makes six of two shifts of 16 bits.
 
-    Bits cross from one word to the other: those that ``_integer_bits`` and ``_float_bits`` mask.
+    Bits cross from one word to the other: those that ``bits_of_parts`` masks.
     """
     result = plgpu.ShapeDtypeStruct(words.shape, words.dtype, layout=layout)
 

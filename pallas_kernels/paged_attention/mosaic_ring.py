@@ -20,9 +20,6 @@ from jaxpaged.pallas_kernels.paged_attention.mosaic_codes import WORD, parts_of,
 from jaxpaged.pallas_kernels.paged_attention.mosaic_launch import KernelRefs
 from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import Item, TileShape, block_ids, first_key_in_block
 
-# A few numbers in registers: eight columns of a product's result, the same in all warps.
-_FEW = plgpu.Layout.MMA_ACC(jnp.float32, m_warps=4).reduce(0)
-
 # Without TMA: the next step's scales in registers, keys' first, and the blocks of the step after it.
 ScalesAhead = tuple[list[jax.Array], list[Any]]
 
@@ -129,19 +126,21 @@ class Ring:
     def next_scales(self, step: Any, held: ScalesAhead) -> ScalesAhead:
         """Without TMA: the scales of a step to shared memory, all threads having read the last, and more under way."""
         loaded, ids = held
-        places = [(ring, part) for ring in self.scales for part in range(self.shape.blocks_per_tile)]
-        for (ring, part), scales in zip(places if loaded else [], loaded, strict=True):
-            ring[0, pl.ds(part * self.shape.copy_rows, self.shape.copy_rows)] = scales
+        for ring, scales in zip(self.scales if loaded else [], loaded, strict=True):
+            ring[0] = scales
         return self._load_scales(step + 1, ids)
 
     def _load_scales(self, step: Any, ids: list[Any]) -> ScalesAhead:
         rows = pl.ds(first_key_in_block(self.shape, self.item, step), self.shape.copy_rows)
-        loaded = [
-            plgpu.load(pool.at[block, self.head, rows], layout=_FEW, optimized=False)
-            for pool in self.pool_scales
-            for block in ids
-        ]
-        return loaded, self._scale_ids(step + 1)
+        # Columns of a result, over as many warps as there are keys for: two numbers of a thread for each 16 or 32.
+        few = plgpu.Layout.MMA_ACC(jnp.float32, m_warps=2 if self.shape.copy_rows == 16 else 1).reduce(0)
+
+        def load(pool: Any) -> jax.Array:
+            parts = [plgpu.load(pool.at[b, self.head, rows], layout=few, optimized=False) for b in ids]
+            # Each store has two barriers of the warpgroup: one for all blocks.
+            return jnp.concatenate(parts)
+
+        return [load(pool) for pool in self.pool_scales] if ids else [], self._scale_ids(step + 1)
 
     def _scale_ids(self, step: Any) -> list[Any]:
         return self.ids(step) if self.pool_scales and not self.shape.has_tma else []

@@ -82,6 +82,7 @@ def attention_program(
     block_size: int = 16,
     heads: tuple[int, int] = (32, 8),
     dtype: str = "bfloat16",
+    kv: str | None = None,
     deterministic: bool = False,
 ) -> Program:
     """Attention in layer 1 of a pool of 1 GiB for keys and as much for values, which is not donated.
@@ -91,6 +92,7 @@ def attention_program(
       batch: of ``BATCHES``.
       variant: of ``VARIANTS``.
       head_dim, block_size, dtype: of the pool.
+      kv: the pool's format, of ``quantisation.FORMATS``, if not ``dtype``; there are as many blocks of it.
       heads: Hq and Hkv.
       deterministic: as of the Mosaic GPU kernel.
     """
@@ -104,6 +106,8 @@ def attention_program(
         dtype=dtype,
         num_blocks=num_blocks,
     )
+    if kv is not None:
+        kv_pool = quantised_shape(kv_pool, kv)
     extents = {"Hq": num_heads, "B": num_rows, "M": MAX_LEN}
     shapes, make = VARIANTS[variant]
     arrays = tuple(
@@ -117,8 +121,20 @@ def attention_program(
     ) -> jax.Array:
         return attend(q, kv_pool, 1, batch, make(*arrays))
 
-    q = jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), kv_pool.k.dtype)
+    q = jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), jnp.dtype(dtype))
     return Program(program, (q, kv_pool, attention_batch(num_tokens, num_rows, block_size), arrays))
+
+
+def quantised_shape(kv_pool: KVPool, kv: str) -> KVPool:
+    """An abstract pool of as many blocks in a quantised format."""
+    sizes = {
+        "num_layers": kv_pool.num_layers,
+        "num_blocks": kv_pool.num_blocks,
+        "num_kv_heads": kv_pool.num_kv_heads,
+        "block_size": kv_pool.block_size,
+        "head_dim": kv_pool.head_dim,
+    }
+    return jax.eval_shape(partial(KVPool.zeros, dtype=kv, **sizes))
 
 
 def paged_attention_of(form: str, deterministic: bool) -> Callable[..., jax.Array]:
@@ -149,11 +165,11 @@ def config_in_form(form: str, q: jax.Array, kv_pool: KVPool, batch: AttentionBat
     target = gpu_target()
     assert target is not None
     num_rows, table_width = batch.block_tables.shape
-    _, num_kv_heads, block_size, head_dim = kv_pool.k.shape
+    num_kv_heads, block_size, head_dim = kv_pool.num_kv_heads, kv_pool.block_size, kv_pool.head_dim
     shape = CallShape(
         q.shape[0], num_rows, q.shape[1], num_kv_heads, head_dim, block_size, table_width * block_size
     )
-    config = config_for(target, shape, q.dtype)
+    config = config_for(target, shape, kv_pool.k.dtype)
     if config.form == form:
         return config
     if form == "wgmma":
@@ -206,10 +222,34 @@ def _decode_cases() -> list[CompileCase]:
     return list(seen.values())
 
 
+# Sizes at which words of codes lie differently: rows of 32 to 256 bytes, blocks larger than tiles, groups of 32.
+_QUANTISED_SIZES: dict[str, tuple[dict[str, Any], ...]] = {
+    "fp8_e4m3": ({"dtype": "float16"}, {"head_dim": 256}, {"head_dim": 96, "block_size": 32}),
+    "int8": (
+        {"dtype": "float16"},
+        {"head_dim": 256, "variant": "alibi"},
+        {"head_dim": 192, "block_size": 128},
+    ),
+    "int4": ({"dtype": "float16"}, {"head_dim": 256}, {"head_dim": 64}, {"head_dim": 192, "heads": (32, 1)}),
+}
+
+
+def _quantised_cases() -> list[CompileCase]:
+    """Every format on every GPU in the portable form, and on Hopper both forms and other sizes."""
+    cases = []
+    for kind, sizes in _QUANTISED_SIZES.items():
+        cases.append(_special("mma", ALL_TARGETS, "decode", kv=kind))
+        cases.append(_special("wgmma", ("h200",), "mixed", kv=kind))
+        for form in ("mma", "wgmma"):
+            cases += [_special(form, ("h200",), "decode", kv=kind, **size) for size in sizes]
+    return cases
+
+
 CASES = (
     _special("xla", ("h200", "a100"), "decode"),
     _special("xla", ("h200",), "mixed", variant="alibi"),
     *_decode_cases(),
+    *_quantised_cases(),
     _special("auto", ALL_TARGETS, "decode", deterministic=True),
     _special("auto", ALL_TARGETS, "mixed"),
     *(
