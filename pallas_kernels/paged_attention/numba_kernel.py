@@ -43,6 +43,14 @@ _jit = numba.njit(fastmath=_FAST, error_model="numpy", boundscheck=False, cache=
 
 
 @_jit
+def _scratch(size):  # type: ignore[no-untyped-def]
+    """``size`` float32 from the start of a cache line: vectors that lie in two lines load at half the speed."""
+    memory = np.empty(size + LANES, np.float32)
+    skip = -np.int64(memory.ctypes.data) % _CACHE_LINE // memory.itemsize
+    return memory[skip : skip + size]
+
+
+@_jit
 def _score_block(q, head, group, k, block, kv_head, scores, line, column, hi, scale):  # type: ignore[no-untyped-def]
     """Scores of the first ``hi`` slots of a block against heads ``head:`` of every query of ``q`` ``[Q, Hq, D]``.
 
@@ -122,12 +130,15 @@ def _score_codes(q, head, group, k, k_scale, kind, tile, block, kv_head, scores,
 def _prefetch_tile(pool, scales, block, kv_head):  # type: ignore[no-untyped-def]
     size = pool.shape[2] * pool.shape[3]
     at = (block * pool.shape[1] + kv_head) * size
-    for line in range(0, size, _CACHE_LINE // pool.itemsize):
+    if scales is None:
+        for line in range(0, size, LANES):
+            prefetch(pool, at + line)
+        return
+    for line in range(0, size, _CACHE_LINE):
         prefetch(pool, at + line)
-    if scales is not None:
-        at = (block * scales.shape[1] + kv_head) * scales.shape[2]
-        for line in range(0, scales.shape[2], LANES):
-            prefetch(scales, at + line)
+    at = (block * scales.shape[1] + kv_head) * scales.shape[2]
+    for line in range(0, scales.shape[2], LANES):
+        prefetch(scales, at + line)
 
 
 @_jit
@@ -226,9 +237,9 @@ def _attend_rows(  # type: ignore[no-untyped-def]
     head_dim = q.shape[2]
     rows = TILE_Q * heads * group
     width = -(-max(CHUNK, k.shape[2]) // LANES) * LANES
-    acc = np.empty((rows, head_dim), np.float32)
+    acc = _scratch(rows * head_dim).reshape((rows, head_dim))
     top, total = np.empty(rows, np.float32), np.empty(rows, np.float32)
-    scores = np.empty((rows, width), np.float32)
+    scores = _scratch(rows * width).reshape((rows, width))
     for row in range(len(starts) - 1):
         for first in range(starts[row], starts[row + 1], TILE_Q):
             num_q = min(TILE_Q, starts[row + 1] - first)
@@ -302,5 +313,6 @@ def quantised_attention_frame(frame):  # type: ignore[no-untyped-def]
     v = numba.carray(uint8_pointer(operand(frame, 2)), shape)
     k_scale = numba.carray(float32_pointer(operand(frame, 9)), shape[:3])
     v_scale = numba.carray(float32_pointer(operand(frame, 10)), shape[:3])
-    tile = np.empty((1, 1, shape[2], operand_dim(frame, 0, 2)), np.float32)
+    head_dim = operand_dim(frame, 0, 2)
+    tile = _scratch(shape[2] * head_dim).reshape((1, 1, shape[2], head_dim))
     _attend_frame(frame, k, v, k_scale, v_scale, tile)
