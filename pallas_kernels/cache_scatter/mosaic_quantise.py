@@ -3,11 +3,12 @@
 Grid: ``(head groups, token groups)``, as for pools that are not quantised (``mosaic_gpu``): a thread block is one
 warpgroup and takes the heads of its group for its tokens, one token where there are few of them.
 
-Registers: a token's tile ``[heads, D]`` of K, one of V, for each token of the block. All loads are under way before
-the first is waited for. A warp holds whole vectors, each in as few lanes as give every lane 16 bytes (of D=128 in
-bfloat16: 16 lanes, two heads to a warp, eight to the block), so that the largest element is found by shuffles inside
-the warp, without shared memory or barrier. An int4 pool's tile is loaded as two halves ``[heads, D/2]`` in one layout:
-the two elements of a byte are then in one lane, and packing is arithmetic between registers.
+Registers: a token's tile ``[heads, D]`` of K, one of V, for each token of the block. All are loaded before any is
+worked on (the compiler puts the first token's loads behind that of its slot, and skips them for padding). A warp holds
+whole vectors, each in as few lanes as give every lane 16 bytes (of D=128 in bfloat16: 16 lanes, two heads to a warp,
+eight to the block), so that the largest element is found by shuffles inside the warp, without shared memory or barrier.
+An int4 pool's tile is loaded as two halves ``[heads, D/2]`` in one layout: the two elements of a byte are then in one
+lane, and packing is arithmetic between registers.
 
 Memory layout: codes become rows of ``D`` (int4: ``D/2``) bytes, ``S`` rows apart, in the head-major pool; scales are
 single float32, ``S`` apart. Both leave from registers: the tiles are small, and TMA could not store a scale.
