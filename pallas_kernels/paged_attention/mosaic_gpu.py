@@ -1,11 +1,13 @@
 """Paged attention on NVIDIA GPUs: Pallas kernels on Mosaic GPU, from Ampere on.
 
-Four launches: queries are packed into tiles and results unpacked by XLA; between these, one kernel attends every
-item of a work list (``mosaic_plan``), in one of two forms (``mosaic_mma``, ``mosaic_wgmma``), and one joins the
-partial results (``mosaic_combine``). Everything but these kernels is shared by all layers of a step.
+Every form of the kernel takes any ragged batch: rows that decode, chunks of prompts, hits of the prefix cache. One
+launch attends every item of a work list (``mosaic_plan``).
 
-Any ragged batch is taken. A prompt's queries are cut into tiles of a few tokens, each of which reads the row's
-keys again: right, and quick enough for short chunks.
+* ``mosaic_mma`` and ``mosaic_wgmma`` are made for few query tokens a row. Queries are packed into tiles and results
+  unpacked by XLA, and a second kernel joins the partial results (``mosaic_combine``).
+* ``mosaic_prefill`` is made for many, on Hopper; see ``mosaic_ragged``.
+
+The plan is shared by all layers of a step.
 """
 
 from dataclasses import dataclass
@@ -29,10 +31,13 @@ from jaxpaged.pallas_kernels.paged_attention.mosaic_launch import attend_items
 from jaxpaged.pallas_kernels.paged_attention.mosaic_mma import MMA
 from jaxpaged.pallas_kernels.paged_attention.mosaic_operands import (
     pack_operands,
+    pack_queries,
     split_mods,
     too_large_reason,
 )
 from jaxpaged.pallas_kernels.paged_attention.mosaic_plan import WorkPlan, make_plan, max_tiles
+from jaxpaged.pallas_kernels.paged_attention.mosaic_prefill import HALVES, ROWS, result_columns
+from jaxpaged.pallas_kernels.paged_attention.mosaic_ragged import attend_ragged
 from jaxpaged.pallas_kernels.paged_attention.mosaic_ring import swizzle_for_cp_async
 from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import TileShape
 from jaxpaged.pallas_kernels.paged_attention.mosaic_wgmma import WGMMA
@@ -118,14 +123,18 @@ def unsupported_reason(
     if reason is not None:
         return reason
     assert target is not None
-    if config is not None and config.form == "wgmma" and not target.has_wgmma:
-        return f"config.form='wgmma' needs a Hopper GPU, the target is {target.kind}"
+    if config is not None and config.form != "mma" and not target.has_wgmma:
+        return f"config.form={config.form!r} needs a Hopper GPU, the target is {target.kind}"
     kind, width = kv_pool.format, ring_width(kv_pool.head_dim, kv_pool.format)
     if config is not None:
         tile_m, _ = _tile_rows(config, q.shape[1] // kv_pool.k.shape[1], width)
         needed = shared_memory(config, tile_m, kv_pool.head_dim, kind)
         if needed > target.smem_bytes:
             return f"{config} needs {needed} bytes of shared memory, {target.kind} has {target.smem_bytes}"
+        if config.form == "prefill" and kind is not None:
+            return f"config.form='prefill' takes no {kind.name} pool"
+        if config.form == "prefill" and q.shape[1] // kv_pool.k.shape[1] * q.shape[2] % 64:
+            return f"config.form='prefill' needs heads of a kv head that are multiples of 64 wide together: {q.shape}"
     try:
         mods = split_mods(variant)
     except NotImplementedError as error:
@@ -199,8 +208,9 @@ def shared_memory(config: MosaicConfig, tile_m: int, head_dim: int, kind: KVForm
     if kind is not None:
         extra = 2 * config.stages * config.tile_kv * 4
         extra += 2 * config.tile_kv * head_dim if config.form == "wgmma" else 0
-    other = (tile_m, head_dim if config.form == "wgmma" else config.tile_kv)
-    return smem_bytes_of([(ring, jnp.bfloat16), (other, jnp.bfloat16)]) + extra + _SCRATCH
+    other = (tile_m, config.tile_kv if config.form == "mma" else head_dim)
+    results = (tile_m, result_columns(head_dim)) if config.form == "prefill" else (0,)
+    return smem_bytes_of([(shape, jnp.bfloat16) for shape in (ring, other, results)]) + extra + _SCRATCH
 
 
 def _tile_rows(config: MosaicConfig, group: int, width: int) -> tuple[int, int]:
@@ -208,6 +218,8 @@ def _tile_rows(config: MosaicConfig, group: int, width: int) -> tuple[int, int]:
 
     With ``m`` rows the warps that are left side by side take ``512 / m`` columns of values.
     """
+    if config.form == "prefill":
+        return HALVES * ROWS, HALVES * (ROWS // group)
     tile_m = next(m for m in (16, 32, 64) if m >= max(config.tile_m, group) and width % (512 // m) == 0)
     return tile_m, max(1, tile_m // group)
 
@@ -226,47 +238,78 @@ def _attend(
     batch: AttentionBatch,
     arrays: tuple[jax.Array, ...],
 ) -> jax.Array:
-    config, target = call.config, call.target
-    _, num_heads, head_dim = q.shape
-    num_kv_heads, block_size = pool[0].shape[1:3]
-    group = num_heads // num_kv_heads
+    variant, k = call.spec.bind(arrays), pool[0]
     q = q if call.kind is None else by_part(q, call.kind)
-    tile_m, tile_q = _tile_rows(config, group, ring_width(head_dim, call.kind))
-    variant = call.spec.bind(arrays)
-    mods = split_mods(variant)
-    blocks_at_once = target.num_sms * config.ctas_per_sm
-    max_len = batch.block_tables.shape[1] * block_size
-    plan = make_plan(
-        batch,
-        tile_q=tile_q,
-        tile_kv=config.tile_kv,
-        sliding_window=variant.sliding_window,
-        split_budget=blocks_at_once // num_kv_heads,
-        deterministic=call.deterministic,
-        max_len=max_len,
-    )
-    shape = TileShape(
-        config=config,
+    shape = _tile_shape(call, variant, q, k)
+    split_budget = call.target.num_sms * call.config.ctas_per_sm // k.shape[1]
+    if call.config.form == "prefill":
+        return attend_ragged(
+            shape,
+            q,
+            (k, pool[1]),
+            base,
+            batch,
+            variant.sinks,
+            split_budget=split_budget,
+            interpret=call.interpret,
+        )
+    out = _attend_packed(call, shape, q, pool, base, batch, variant, split_budget)
+    out = out if call.kind is None else from_parts(out, call.kind)
+    real = jnp.arange(q.shape[0]) < batch.query_start_loc[-1]
+    return jnp.where(real[:, None, None], out, jnp.zeros((), out.dtype))
+
+
+def _tile_shape(call: _Call, variant: AttentionVariant, q: jax.Array, k: jax.Array) -> TileShape:
+    head_dim, group = q.shape[2], q.shape[1] // k.shape[1]
+    tile_m, tile_q = _tile_rows(call.config, group, ring_width(head_dim, call.kind))
+    if call.config.form == "prefill":  # as a half sees it
+        tile_m, tile_q = tile_m // HALVES, tile_q // HALVES
+    return TileShape(
+        config=call.config,
         tile_m=tile_m,
         tile_q=tile_q,
         group=group,
         head_dim=head_dim,
-        block_size=block_size,
+        block_size=k.shape[2],
         scale=variant.scale_for(head_dim),
         logit_soft_cap=variant.logit_soft_cap,
         sliding_window=variant.sliding_window,
-        mods=mods,
-        has_tma=target.has_tma,
+        mods=split_mods(variant),
+        has_tma=call.target.has_tma,
         kind=call.kind,
         interpreted=call.interpret is not None,
+    )
+
+
+def _attend_packed(
+    call: _Call,
+    shape: TileShape,
+    q: jax.Array,
+    pool: tuple[jax.Array, ...],
+    base: jax.Array,
+    batch: AttentionBatch,
+    variant: AttentionVariant,
+    split_budget: int,
+) -> jax.Array:
+    """By the forms that take queries packed into tiles."""
+    config, mods, tile_m = call.config, shape.mods, shape.tile_m
+    num_heads, (_, num_kv_heads, block_size, _) = q.shape[1], pool[0].shape
+    plan = make_plan(
+        batch,
+        tile_q=shape.tile_q,
+        tile_kv=config.tile_kv,
+        sliding_window=variant.sliding_window,
+        split_budget=split_budget,
+        deterministic=call.deterministic,
+        max_len=batch.block_tables.shape[1] * block_size,
     )
     keys = _keys_covered(batch, block_size, config)
     operands = pack_operands(
         mods, plan, num_heads=num_heads, num_kv_heads=num_kv_heads, tile_m=tile_m, keys=keys
     )
-    packed = _pack_queries(q, plan, num_kv_heads, tile_m)
+    packed = pack_queries(q, plan, num_kv_heads, tile_m)
     max_items = plan.items.shape[0]
-    grid_items = min(max_items, max(1, blocks_at_once // num_kv_heads)) if call.deterministic else max_items
+    grid_items = min(max_items, max(1, split_budget)) if call.deterministic else max_items
     partials, log_sums = attend_items(
         WGMMA() if config.form == "wgmma" else MMA(),
         shape,
@@ -283,20 +326,7 @@ def _attend(
     joined = combine(
         partials, log_sums, plan.item_starts, plan.item_counts, sinks, q.dtype, interpret=call.interpret
     )
-    out = _unpack(joined, plan, group)
-    out = out if call.kind is None else from_parts(out, call.kind)
-    real = jnp.arange(q.shape[0]) < batch.query_start_loc[-1]
-    return jnp.where(real[:, None, None], out, jnp.zeros((), out.dtype))
-
-
-def _pack_queries(q: jax.Array, plan: WorkPlan, num_kv_heads: int, tile_m: int) -> jax.Array:
-    """``[T, Hq, D]`` -> ``[P, Hkv, M, D]``, rows of a tile token by token, each with its group of heads."""
-    tiles, tile_q = plan.tile_tokens.shape
-    _, num_heads, head_dim = q.shape
-    group = num_heads // num_kv_heads
-    packed = q[plan.tile_tokens].reshape(tiles, tile_q, num_kv_heads, group, head_dim)
-    packed = packed.transpose(0, 2, 1, 3, 4).reshape(tiles, num_kv_heads, tile_q * group, head_dim)
-    return jnp.pad(packed, ((0, 0), (0, 0), (0, tile_m - tile_q * group), (0, 0)))
+    return _unpack(joined, plan, shape.group)
 
 
 def _unpack(packed: jax.Array, plan: WorkPlan, group: int) -> jax.Array:

@@ -120,6 +120,16 @@ def pack_operands(
     return tuple(arrays)
 
 
+def pack_queries(q: jax.Array, plan: WorkPlan, num_kv_heads: int, tile_m: int) -> jax.Array:
+    """``[T, Hq, D]`` -> ``[P, Hkv, M, D]``, rows of a tile token by token, each with its group of heads."""
+    tiles, tile_q = plan.tile_tokens.shape
+    _, num_heads, head_dim = q.shape
+    group = num_heads // num_kv_heads
+    packed = q[plan.tile_tokens].reshape(tiles, tile_q, num_kv_heads, group, head_dim)
+    packed = packed.transpose(0, 2, 1, 3, 4).reshape(tiles, num_kv_heads, tile_q * group, head_dim)
+    return jnp.pad(packed, ((0, 0), (0, 0), (0, tile_m - tile_q * group), (0, 0)))
+
+
 class LoadedOperands:
     """Inside a kernel: the operands of one item.
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from jaxpaged.pallas_kernels.batch import AttentionBatch
 
-# Columns of ``WorkPlan.items``; eight words, so that a thread block reads one 32-byte sector.
-ROW, TILE, FIRST_POS, LAST_POS, BEGIN, END, NUM_ITEM_FIELDS = 0, 1, 2, 3, 4, 5, 8
+# Columns of ``WorkPlan.items``.
+ROW, TILE, FIRST_POS, LAST_POS, BEGIN, END, TOKEN, PART, LAST_KEY, NUM_ITEM_FIELDS = range(10)
 
 # Keys of one split when results must not depend on the batch. Smaller: a long row spreads over more of the chip;
 # larger: less memory for partial results (one float32 accumulator for each split that a table has room for).
@@ -30,13 +30,17 @@ class WorkPlan(NamedTuple):
     """The work list of one launch. ``P`` tiles and ``W`` items are bounds; what is past the real ones is empty."""
 
     items: jax.Array
-    """int32 ``[W, 8]``: row, tile, position of the tile's first and last token, first tile of keys, end."""
+    """int32 ``[W, 9]``: row, tile, position of the tile's first and last token, first tile of keys, end, the tile's
+    first token, the place among partial results (-1: it is all of its tile), position of the row's last key."""
     num_items: jax.Array
     """int32 ``[1]``, real items; they come first."""
     item_starts: jax.Array
     """int32 ``[P]``, the tile's first item."""
     item_counts: jax.Array
     """int32 ``[P]``, how many items a tile has; 0 for padding."""
+    split_tiles: jax.Array
+    """int32 ``[split_budget // 2, 4]``: of each tile of several items its first partial result, their number (0:
+    there is no such tile), its first token and how many tokens it has."""
     tile_rows: jax.Array
     """int32 ``[P]``, row of the batch."""
     tile_first_pos: jax.Array
@@ -63,6 +67,7 @@ def make_plan(
     split_budget: int,
     deterministic: bool,
     max_len: int,
+    in_place: bool = False,
 ) -> WorkPlan:
     """Cuts a batch into tiles and items.
 
@@ -74,13 +79,22 @@ def make_plan(
       split_budget: how many more items than tiles there may be.
       deterministic: cut at multiples of ``DETERMINISTIC_SPLIT`` keys, whatever else is in the batch.
       max_len: tokens a block table has room for.
+      in_place: for a kernel that writes results where their tokens are. Padding tokens get tiles too, of items without
+        keys. The items come in the order of how many keys they have to read: what is begun last is then short, and the
+        multiprocessors end together (Graham 1969, the rule of the longest processing time).
 
     Returns:
       The plan; ``W`` is ``P + split_budget``, or ``P`` times the splits of a full table if deterministic.
     """
-    num_tokens, num_rows = batch.positions.shape[0], batch.seq_lens.shape[0]
-    bound = max_tiles(num_tokens, num_rows, tile_q)
-    starts, query_lens = batch.query_start_loc[:-1], jnp.diff(batch.query_start_loc)
+    num_tokens = batch.positions.shape[0]
+    starts, query_lens, seq_lens = batch.query_start_loc[:-1], jnp.diff(batch.query_start_loc), batch.seq_lens
+    if in_place:  # padding as one more row, with nothing in the cache
+        num_real = batch.query_start_loc[-1:]
+        starts, query_lens = (
+            jnp.concatenate(pair) for pair in ((starts, num_real), (query_lens, num_tokens - num_real))
+        )
+        seq_lens = jnp.pad(seq_lens, (0, 1))
+    bound = max_tiles(num_tokens, seq_lens.shape[0], tile_q)
     tiles_of_row = -(-query_lens // tile_q)
     first_tile = _exclusive_sum(tiles_of_row)
     index = jnp.arange(bound, dtype=jnp.int32)
@@ -88,12 +102,12 @@ def make_plan(
     real = index < tiles_of_row.sum()
     offset = (index - first_tile[rows]) * tile_q
     size = jnp.where(real, jnp.minimum(query_lens[rows] - offset, tile_q), 0)
-    first_pos = jnp.where(real, batch.seq_lens[rows] - query_lens[rows] + offset, 0)
+    first_pos = jnp.where(real, seq_lens[rows] - query_lens[rows] + offset, 0)
     last_pos = first_pos + jnp.maximum(size, 1) - 1
     begin = jnp.zeros_like(first_pos)
     if sliding_window is not None:
         begin = jnp.maximum(first_pos - sliding_window + 1, 0) // tile_kv
-    cuts = _Cuts(begin, last_pos // tile_kv + 1, real)
+    cuts = _Cuts(begin, jnp.maximum(last_pos // tile_kv + 1, begin), real)
     if deterministic:
         num_items = bound * max(1, -(-max_len // DETERMINISTIC_SPLIT))
         cuts.cut_at_multiples(max(1, DETERMINISTIC_SPLIT // tile_kv))
@@ -105,23 +119,56 @@ def make_plan(
     tile = _owner(item, item_starts, cuts.counts)
     item_begin, item_end = cuts.piece(tile, item - item_starts[tile])
     item_end = jnp.where(item < cuts.counts.sum(), item_end, item_begin)
-    fields = [rows[tile], tile, first_pos[tile], last_pos[tile], item_begin, item_end]
-    fields += [jnp.zeros_like(item)] * (NUM_ITEM_FIELDS - len(fields))
+    is_split = cuts.counts > 1
+    first_part = _exclusive_sum(jnp.where(is_split, cuts.counts, 0))
+    part = jnp.where(is_split[tile], first_part[tile] + item - item_starts[tile], -1)
+    tokens = jnp.where(real, starts[rows] + offset, 0)
+    row = jnp.minimum(rows[tile], batch.seq_lens.shape[0] - 1)  # what padding reads of a table is not used
+    fields = {
+        ROW: row,
+        TILE: tile,
+        FIRST_POS: first_pos[tile],
+        LAST_POS: last_pos[tile],
+        BEGIN: item_begin,
+        END: item_end,
+        TOKEN: tokens[tile],
+        PART: part,
+        LAST_KEY: seq_lens[rows[tile]] - 1,
+    }
+    items = jnp.stack([fields[column] for column in range(NUM_ITEM_FIELDS)], axis=1).astype(jnp.int32)
+    if in_place:
+        items = items[_descending(jnp.where(item < cuts.counts.sum(), item_end - item_begin, -1))]
     member = jnp.arange(tile_q, dtype=jnp.int32)[None, :]
-    tokens = jnp.where(real, starts[rows] + offset, 0)[:, None]
     place = jnp.arange(num_tokens, dtype=jnp.int32) - starts[batch.rows]
     is_token = jnp.arange(num_tokens) < batch.query_start_loc[-1]
     return WorkPlan(
-        items=jnp.stack(fields, axis=1).astype(jnp.int32),
+        items=items,
         num_items=cuts.counts.sum(dtype=jnp.int32)[None],
         item_starts=item_starts,
         item_counts=cuts.counts,
-        tile_rows=rows,
+        split_tiles=_split_tiles(is_split, [first_part, cuts.counts, tokens, size], split_budget // 2),
+        tile_rows=jnp.minimum(rows, batch.seq_lens.shape[0] - 1),
         tile_first_pos=first_pos,
-        tile_tokens=tokens + jnp.minimum(member, jnp.maximum(size, 1)[:, None] - 1),
+        tile_tokens=tokens[:, None] + jnp.minimum(member, jnp.maximum(size, 1)[:, None] - 1),
         token_tiles=jnp.where(is_token, first_tile[batch.rows] + place // tile_q, 0),
         token_slots=jnp.where(is_token, place % tile_q, 0),
     )
+
+
+def _split_tiles(is_split: jax.Array, columns: list[jax.Array], bound: int) -> jax.Array:
+    """``columns`` of the tiles that are split, ``[bound, len(columns)]``; zeros past the last."""
+    place = jnp.where(is_split, _exclusive_sum(is_split.astype(jnp.int32)), bound)
+    lines = jnp.stack(columns, axis=1).astype(jnp.int32)
+    return jnp.zeros((bound, len(columns)), jnp.int32).at[place].set(lines, mode="drop")
+
+
+def _descending(keys: jax.Array) -> jax.Array:
+    """Indices that sort ``keys``, the largest first, equal ones in their order; as ``_exclusive_sum``, no scan."""
+    index = jnp.arange(keys.shape[0], dtype=jnp.int32)
+    before = (keys[None, :] > keys[:, None]) | (
+        (keys[None, :] == keys[:, None]) & (index[None, :] < index[:, None])
+    )
+    return jnp.zeros_like(index).at[before.sum(1, dtype=jnp.int32)].set(index)
 
 
 class _Cuts:
@@ -147,7 +194,7 @@ class _Cuts:
         self._count()
 
     def _count(self) -> None:
-        counts = jnp.where(self.real, -(-(self.end - self.origin) // self.size), 0)
+        counts = jnp.where(self.real, jnp.maximum(-(-(self.end - self.origin) // self.size), 1), 0)
         self.counts = counts.astype(jnp.int32)
 
     def piece(self, tile: jax.Array, part: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -21,9 +21,12 @@ from jaxpaged.pallas_kernels.paged_attention.mosaic_plan import (
     BEGIN,
     END,
     FIRST_POS,
+    LAST_KEY,
     LAST_POS,
+    PART,
     ROW,
     TILE,
+    TOKEN,
 )
 from jaxpaged.pallas_kernels.paged_attention.tuning import MosaicConfig
 from jaxpaged.pallas_kernels.quantisation import KVFormat
@@ -80,13 +83,27 @@ class Item:
     last_pos: Any
     begin: Any
     steps: Any
+    token: Any
+    part: Any
+    last_key: Any
 
 
 def read_item(items_ref: Any, index: Any) -> Item:
     """Reads one line of the work list."""
     field = lambda column: items_ref[index, column]  # noqa: E731
     begin = field(BEGIN)
-    return Item(index, field(ROW), field(TILE), field(FIRST_POS), field(LAST_POS), begin, field(END) - begin)
+    return Item(
+        index=index,
+        row=field(ROW),
+        tile=field(TILE),
+        first_pos=field(FIRST_POS),
+        last_pos=field(LAST_POS),
+        begin=begin,
+        steps=field(END) - begin,
+        token=field(TOKEN),
+        part=field(PART),
+        last_key=field(LAST_KEY),
+    )
 
 
 def first_key(shape: TileShape, item: Item, step: Any) -> Any:
@@ -146,6 +163,24 @@ def clear_unseen(shape: TileShape, item: Item, step: Any, values: Any, layout: A
         part = values.at[:, pl.ds(column, width)]
         held = plgpu.load(part, layout=layout, optimized=False)
         part[...] = jnp.where(seen, held, jnp.zeros_like(held))
+
+
+def clear_unseen_rows(shape: TileShape, item: Item, step: Any, values: Any) -> None:
+    """``clear_unseen`` a few rows at a time: for a warpgroup that has few registers."""
+    rows, width = 16, math.gcd(shape.head_dim, _CLEARED_COLUMNS)
+    layout = plgpu.Layout.MMA_ACC(values.dtype, m_warps=1)
+
+    @pl.loop(0, shape.config.tile_kv // rows)
+    def _(i: Any) -> None:
+        first = first_key(shape, item, step) + i * rows
+        at = first + plgpu.broadcasted_iota(jnp.int32, (rows, width), 0, layout=layout)
+        seen = at <= item.last_pos
+        if shape.sliding_window is not None:
+            seen = seen & (at >= oldest_key(shape, item))
+        for column in range(0, shape.head_dim, width):
+            part = values.at[pl.ds(i * rows, rows), pl.ds(column, width)]
+            held = plgpu.load(part, layout=layout, optimized=False)
+            part[...] = jnp.where(seen, held, jnp.zeros_like(held))
 
 
 def operands_of(shape: TileShape, item: Item, kv_head: Any, refs: Any, layout: Any) -> LoadedOperands:

@@ -22,12 +22,12 @@ class MosaicConfig:
     """Sizes of one launch.
 
     Attributes:
-      form: ``"mma"``, warp-level products on every GPU from Ampere on, or ``"wgmma"``, Hopper only.
+      form: ``"mma"``, warp-level products on every GPU from Ampere on; ``"wgmma"`` and ``"prefill"``, Hopper only.
       tile_kv: keys of one step of the inner loop.
       stages: tiles of keys and values in shared memory, all but one of them on their way.
       ctas_per_sm: thread blocks meant to run on one multiprocessor; sets how finely long rows are split.
-      tile_m: rows of a query tile (query tokens times heads of a kv head); 16, 32 or 64, 64 for wgmma. It is
-        raised to hold the heads of one token.
+      tile_m: rows of a query tile (query tokens times heads of a kv head); 16, 32 or 64, 64 for wgmma, 128 for
+        prefill. It is raised to hold the heads of one token.
     """
 
     form: str = "mma"
@@ -37,13 +37,14 @@ class MosaicConfig:
     tile_m: int = 16
 
     def __post_init__(self) -> None:
-        if self.form not in ("mma", "wgmma"):
-            raise ValueError(f"MosaicConfig: form={self.form!r} must be 'mma' or 'wgmma'")
+        tiles_m = {"mma": (16, 32, 64), "wgmma": (64,), "prefill": (128,)}
+        if self.form not in tiles_m:
+            raise ValueError(f"MosaicConfig: form={self.form!r} must be 'mma', 'wgmma' or 'prefill'")
         allowed: dict[str, tuple[int, ...]] = {
             "tile_kv": (32, 64, 128) if self.form == "mma" else (64, 128),
             "stages": (2, 3, 4, 5, 6),
-            "ctas_per_sm": tuple(range(1, 9)),
-            "tile_m": (16, 32, 64) if self.form == "mma" else (64,),
+            "ctas_per_sm": (1,) if self.form == "prefill" else tuple(range(1, 9)),
+            "tile_m": tiles_m[self.form],
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -94,8 +95,7 @@ def _rule(target: GpuTarget, shape: CallShape) -> MosaicConfig:
     tile_m = 64 if group > 32 else 32 if many_queries or group > 16 else 16
     stage_bytes = 2 * 64 * shape.head_dim * 2
     if many_queries and target.has_wgmma:
-        stages = 3 if 3 * stage_bytes + 2 * 64 * shape.head_dim * 4 < target.smem_bytes else 2
-        return MosaicConfig("wgmma", 64, stages, 1, 64)
+        return MosaicConfig("prefill", 128 if shape.head_dim <= 128 else 64, 2, 1, 128)
     tile_kv = 64 if 2 * stage_bytes <= target.smem_bytes // 2 else 32
     fitting = max(1, min(4, (target.smem_bytes - 8192) // (stage_bytes * tile_kv // 64 * 2)))
     return MosaicConfig("mma", tile_kv, 3 if fitting >= 4 else 2, min(fitting, 3), tile_m)
