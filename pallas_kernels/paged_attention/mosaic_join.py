@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxpaged.pallas_kernels.mosaic_gpu import kernel
+from jaxpaged.pallas_kernels.mosaic_gpu import kernel, store_global
 from jaxpaged.pallas_kernels.variant import MASKED
 
 BATCH = 4
@@ -105,7 +105,7 @@ def _body(
         rounds = lax.div(count + (BATCH - 1), jnp.int32(BATCH))
         acc, top, total = lax.fori_loop(0, rounds, batch, (acc, top, total))
         safe = jnp.where(total == 0.0, 1.0, total)
-        staged[...] = (acc / lax.broadcast_in_dim(safe, acc.shape, [0])).astype(out.dtype)
+        store_global(staged, (acc / lax.broadcast_in_dim(safe, acc.shape, [0])).astype(out.dtype))
         plgpu.commit_smem()
         source = staged.at[pl.ds(place * group - first_row, group)]
         plgpu.copy_smem_to_gmem(source, out.at[first_token + token, head])
