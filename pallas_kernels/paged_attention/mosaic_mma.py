@@ -95,7 +95,7 @@ def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
         scores, visible = modify(shape, item, i, refs.head, scores, loaded, accumulator)
         weights, decay, top = softmax_weights(scores, visible, top)
         totals = totals * lax.broadcast_in_dim(decay, totals.shape, [0]) + weights
-        weights_ref[...] = ring.scaled_for_values(i, weights, visible, accumulator).astype(dtype)
+        weights_ref[...] = ring.scaled_for_values(i, weights, accumulator).astype(dtype)
         ring.wait_values(i)
 
         if shape.kind is None:  # codes are never NaN

@@ -157,13 +157,13 @@ class Ring:
         """Products with keys' codes to products with keys; ``[M, tile_kv]`` in ``layout``."""
         return scores if self.shape.kind is None else scores * self._scales(0, step, scores.shape, layout)
 
-    def scaled_for_values(self, step: Any, weights: jax.Array, visible: jax.Array, layout: Any) -> jax.Array:
+    def scaled_for_values(self, step: Any, weights: jax.Array, layout: Any) -> jax.Array:
         """Weights of values to those of their codes; ``[M, tile_kv]`` in ``layout``."""
         if self.shape.kind is None:
             return weights
         scaled = weights * self._scales(1, step, weights.shape, layout)
         # The scales of what is not seen may be anything, NaN included.
-        return jnp.where(visible, scaled, jnp.zeros_like(scaled))
+        return jnp.where(weights > 0.0, scaled, jnp.zeros_like(scaled))
 
     def _scales(self, which: int, step: Any, extent: tuple[int, ...], layout: Any) -> jax.Array:
         assert self.shape.kind is not None

@@ -40,9 +40,10 @@ from jaxpaged.pallas_kernels.variant import MASKED
 _COMPUTE, _COPY = 0, 1
 # Registers of a thread: the least that "setmaxnreg" allows (PTX ISA), and what head_dim 256 takes without spilling.
 _COPY_REGISTERS, _COMPUTE_REGISTERS = 24, 240
-# Columns of words that are in registers at a time: what of each part is one swizzled line of 128 bytes, or half of one
-# where the result takes more than half of the registers.
-_WORDS, _WORDS_OF_WIDE = 64, 32
+# Copies of scales have addresses of their own.
+_COPY_SCALES_REGISTERS = 56
+# Columns of words that are in registers at a time: what of each part is one swizzled line of 128 bytes.
+_WORDS = 64
 
 
 class WGMMA:
@@ -66,7 +67,8 @@ class WGMMA:
 
         @pl.when(lax.axis_index("warpgroup") == _COPY)
         def _() -> None:
-            plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+            registers = _COPY_REGISTERS if shape.kind is None else _COPY_SCALES_REGISTERS
+            plgpu.set_max_registers(registers, action="decrease")
             for_items(lambda item: _copy(shape, refs, item))
 
         @pl.when(lax.axis_index("warpgroup") == _COMPUTE)
@@ -125,17 +127,15 @@ def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
         scores, visible = modify(shape, item, i, refs.head, scores, loaded, layout)
         weights, decay, top = softmax_weights(scores, visible, top)
         total = total * decay + weights.sum(axis=1)
-        if shape.kind is None:
-            packed = weights.astype(dtype)
-            ring.wait_values(i)
+        packed = ring.scaled_for_values(i, weights, layout).astype(dtype)
+        ring.wait_values(i)
+
+        if shape.kind is None:  # codes are never NaN
 
             @pl.when(has_unseen_keys(shape, item, i))
             def _() -> None:
                 clear_unseen(shape, item, i, ring.values.at[slot], layout)
                 plgpu.commit_smem()
-        else:  # codes are never NaN; their scales are read late, to have the registers for less long
-            ring.wait_values(i)
-            packed = ring.scaled_for_values(i, weights, visible, layout).astype(dtype)
 
         values = _to_multiply(ring, ring.values.at[slot], numbers)
         acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
@@ -153,7 +153,7 @@ def _to_multiply(ring: Ring, tile: Any, numbers: Any) -> Any:
     if numbers is None:
         return tile
     width = ring.shape.ring_width
-    some = math.gcd(width, _WORDS if ring.shape.head_dim <= 128 else _WORDS_OF_WIDE)
+    some = math.gcd(width, _WORDS)
     for first in range(0, width, some):
         parts = ring.operands(tile.at[:, pl.ds(first, some)], plgpu.Layout.WGMMA)
         for place, part in enumerate(parts):
