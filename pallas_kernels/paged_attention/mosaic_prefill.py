@@ -88,8 +88,11 @@ class Scratch:
 
 
 def result_columns(head_dim: int) -> int:
-    """Columns of results that are in shared memory at a time: all, or where D is large what is left of it."""
-    return head_dim if head_dim <= 128 else max(width for width in (64, 96) if head_dim % width == 0)
+    """Columns of results that are in shared memory at a time: all, or where D is large what is left of it.
+
+    A token's copy begins at a multiple of 128 bytes (PTX ISA, "cp.async.bulk.tensor"): 64 columns of any group do.
+    """
+    return head_dim if head_dim <= 128 else 64
 
 
 def scratch_types(shape: TileShape, dtype: Any, interpreted: bool) -> Scratch:

@@ -94,7 +94,7 @@ def _rule(target: GpuTarget, shape: CallShape) -> MosaicConfig:
     group = shape.num_heads // shape.num_kv_heads
     tile_m = 64 if group > 32 else 32 if many_queries or group > 16 else 16
     stage_bytes = 2 * 64 * shape.head_dim * 2
-    if many_queries and target.has_wgmma:
+    if many_queries and target.has_wgmma and group * shape.head_dim % 64 == 0:
         return MosaicConfig("prefill", 128 if shape.head_dim <= 128 else 64, 2, 1, 128)
     tile_kv = 64 if 2 * stage_bytes <= target.smem_bytes // 2 else 32
     fitting = max(1, min(4, (target.smem_bytes - 8192) // (stage_bytes * tile_kv // 64 * 2)))
