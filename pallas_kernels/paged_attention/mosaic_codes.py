@@ -71,11 +71,16 @@ def from_parts(x: jax.Array, kind: KVFormat) -> jax.Array:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What of a 16-bit float format counts here: bits of its mantissa, bias and highest power of two."""
+    """What of a 16-bit float format counts here: bits of its mantissa and its bias.
+
+    ``units`` are those of integers and of e4m3. Weights are multiplied by a scale and its unit before they are rounded
+    to the format: in float16 that must neither pass its largest number nor be much less than its smallest normal one.
+    """
 
     dtype: Any
     mantissa: int
     bias: int
+    units: tuple[float, float]
 
     @property
     def tiny(self) -> float:
@@ -88,13 +93,16 @@ class Numbers:
         return 2.0**self.bias
 
 
-NUMBERS = {jnp.dtype(n.dtype): n for n in (Numbers(jnp.bfloat16, 7, 127), Numbers(jnp.float16, 10, 15))}
+NUMBERS = {
+    jnp.dtype(n.dtype): n
+    for n in (Numbers(jnp.bfloat16, 7, 127, (64.0, 1.0)), Numbers(jnp.float16, 10, 15, (8.0, 32.0)))
+}
 
 
 def unit_of(kind: KVFormat, dtype: Any) -> float:
     """What ``parts_of`` must be multiplied by to be the codes; a power of two."""
     numbers = NUMBERS[jnp.dtype(dtype)]
-    return 1.0 if kind.storage == jnp.float8_e4m3fn else 1.0 / (numbers.tiny * numbers.top)
+    return numbers.units[kind.storage == jnp.float8_e4m3fn]
 
 
 def parts_of(
@@ -123,8 +131,8 @@ def parts_of(
 
 def bits_of_parts(
     words: Any, kind: KVFormat, numbers: Numbers, shifted: Callable[[Any, int], Any]
-) -> list[tuple[Any, float, float]]:
-    """Of each part a float's bits, what to multiply it by and what to subtract then.
+) -> list[tuple[Any, float, float, float]]:
+    """Of each part a float's bits, what to multiply it by, to subtract then, and to multiply by last.
 
     ``shifted`` moves words to the left, or by a negative number to the right; what it fills with is masked.
     """
@@ -134,15 +142,16 @@ def bits_of_parts(
 
 def _integer_bits(
     words: Any, kind: KVFormat, numbers: Numbers, shifted: Callable[[Any, int], Any]
-) -> list[tuple[Any, float, float]]:
-    """Bits, factor and subtrahend of each part of int8 or int4."""
+) -> list[tuple[Any, float, float, float]]:
+    """Of int8 or int4; float16 has no power of two that would do in one step."""
     step = numbers.tiny * numbers.top
+    last = 1.0 / (numbers.units[0] * step)
     if kind.per_byte == 1:
         words = words ^ _word(0x8080)
-        return [(b & _word(0xFF), numbers.top, 128 * step) for b in (words, shifted(words, -8))]
+        return [(b & _word(0xFF), numbers.top, 128 * step, last) for b in (words, shifted(words, -8))]
     words = words ^ _word(0x8888)
     return [
-        (b & _word(0xF << low), numbers.top / 2.0**low, 8 * step)
+        (b & _word(0xF << low), numbers.top / 2.0**low, 8 * step, last)
         for b in (words, shifted(words, -8))
         for low in (0, 4)
     ]
@@ -150,27 +159,30 @@ def _integer_bits(
 
 def _float_bits(
     words: Any, kind: KVFormat, numbers: Numbers, shifted: Callable[[Any, int], Any]
-) -> list[tuple[Any, float, float]]:
-    """Bits, factor and nothing to subtract of each part of e4m3, whose bias is 7 and whose mantissa has 3 bits."""
+) -> list[tuple[Any, float, float, float]]:
+    """Of e4m3, whose bias is 7 and whose mantissa has 3 bits."""
     del kind
     sign, wider = _word(0x8000), 15 - numbers.mantissa - 4
     magnitude = _word(0x7F00 >> wider)
     low = (shifted(words, 8 - wider) & magnitude) | (shifted(words, 8) & sign)
     high = (shifted(words, -wider) & magnitude) | (words & sign)
-    return [(bits, 2.0 ** (numbers.bias - 7), 0.0) for bits in (low, high)]
+    return [(bits, 2.0 ** (numbers.bias - 7) / numbers.units[1], 0.0, 1.0) for bits in (low, high)]
 
 
 def _word(value: int) -> Any:
     return np.uint16(value)
 
 
-def _value(numbers: Numbers, bits: jax.Array, factor: float, subtracted: float) -> jax.Array:
+def _value(numbers: Numbers, bits: jax.Array, factor: float, subtracted: float, last: float) -> jax.Array:
     exact = lambda x: jnp.asarray(x, numbers.dtype)  # noqa: E731
     scaled = lax.bitcast_convert_type(bits, numbers.dtype) * exact(factor)
-    return scaled - exact(subtracted) if subtracted else scaled
+    scaled = scaled - exact(subtracted) if subtracted else scaled
+    return scaled * exact(last) if last != 1.0 else scaled
 
 
-def _value_on_cpu(numbers: Numbers, bits: jax.Array, factor: float, subtracted: float) -> jax.Array:
+def _value_on_cpu(
+    numbers: Numbers, bits: jax.Array, factor: float, subtracted: float, last: float
+) -> jax.Array:
     """As ``_value``, where subnormals are zero: XLA on CPUs flushes them."""
     bits = bits.astype(jnp.int32)
     exponent, mantissa = (bits & 0x7FFF) >> numbers.mantissa, bits & ((1 << numbers.mantissa) - 1)
@@ -178,7 +190,8 @@ def _value_on_cpu(numbers: Numbers, bits: jax.Array, factor: float, subtracted: 
         exponent == 0, mantissa, (mantissa | 1 << numbers.mantissa) << jnp.maximum(exponent - 1, 0)
     )
     signed = jnp.where(bits >= 0x8000, -whole, whole).astype(jnp.float32)
-    return (signed * np.float32(numbers.tiny * factor) - np.float32(subtracted)).astype(numbers.dtype)
+    scaled = signed * np.float32(numbers.tiny * factor) - np.float32(subtracted)
+    return (scaled * np.float32(last)).astype(numbers.dtype)
 
 
 def _shift_lanes(words: jax.Array, left: int) -> jax.Array:

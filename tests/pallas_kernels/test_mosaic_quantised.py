@@ -6,24 +6,22 @@ Against plain softmax in float64 over what the pools hold; and how words become 
 from dataclasses import replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxpaged.pallas_kernels import AttentionBatch, AttentionVariant, KVPool
+from jaxpaged.pallas_kernels import AttentionVariant
 from jaxpaged.pallas_kernels.mosaic_gpu import GpuTarget
 from jaxpaged.pallas_kernels.paged_attention import mosaic_codes
-from jaxpaged.pallas_kernels.paged_attention.cases import Case, make_inputs
+from jaxpaged.pallas_kernels.paged_attention.cases import Case
 from jaxpaged.pallas_kernels.paged_attention.mosaic_gpu import shared_memory, unsupported_reason
 from jaxpaged.pallas_kernels.paged_attention.tuning import MosaicConfig
-from jaxpaged.pallas_kernels.quantisation import FORMATS, KVFormat, codes_of, dequantise, quantise
+from jaxpaged.pallas_kernels.quantisation import FORMATS, KVFormat, codes_of
 from tests.pallas_kernels.mosaic import MMA, SMALL_GPU, WGMMA, attend_interpreted
 from tests.pallas_kernels.oracle import attend, softmax_attention
-
-Inputs = tuple[jax.Array, KVPool, AttentionBatch]
+from tests.pallas_kernels.quantised import numbers_of, quantised_inputs
 
 ROWS = ((0, 3), (100, 2))
 ALL_AT_ONCE = AttentionVariant(
@@ -35,28 +33,11 @@ ALL_AT_ONCE = AttentionVariant(
 )
 
 
-def quantised(case: Case, kind: KVFormat, dtype: str) -> Inputs:
-    """Slots that no token owns have NaN for a scale, and codes of ones, which is NaN in e4m3."""
-    q, pool, batch = make_inputs(case, poison=np.nan)
-    unused = jnp.isnan(pool.k[..., 0])
-    ones = lax.bitcast_convert_type(jnp.uint8(255), kind.storage)
-
-    def poisoned(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
-        codes, scale = quantise(vectors, kind)
-        return jnp.where(unused[..., None], ones, codes), jnp.where(unused, jnp.nan, scale)
-
-    (k, k_scale), (v, v_scale) = poisoned(pool.k), poisoned(pool.v)
-    return q.astype(dtype), KVPool(k, v, pool.num_layers, k_scale, v_scale), batch
-
-
 def check(case: Case, name: str, config: MosaicConfig, dtype: str = "bfloat16", **options: Any) -> None:
-    """As near to the truth as the reference in the same dtype is, within twice its error."""
-    q, pool, batch = inputs = quantised(case, FORMATS[name], dtype)
-    assert pool.k_scale is not None
-    assert pool.v_scale is not None
-    numbers = KVPool(dequantise(pool.k, pool.k_scale), dequantise(pool.v, pool.v_scale), pool.num_layers)
-    exact = softmax_attention(q, numbers, 1, batch, case.variant)
-    allowed = 2 * np.abs(attend("reference", case, inputs)[: len(exact)] - exact).max() + 1e-5
+    """Within three times the error of the reference in the same dtype: of few keys roundings do not average out."""
+    q, pool, batch = inputs = quantised_inputs(case, FORMATS[name], dtype)
+    exact = softmax_attention(q, numbers_of(pool), 1, batch, case.variant)
+    allowed = 3 * np.abs(attend("reference", case, inputs)[: len(exact)] - exact).max() + 1e-5
     out = attend_interpreted(case, inputs, config, **options)
     assert np.isfinite(out).all(), "padding included"
     assert np.abs(out[: len(exact)] - exact).max() <= allowed
@@ -132,13 +113,13 @@ def test_the_same_with_subnormals_and_shifts_of_pairs(kind: KVFormat, dtype: str
 
     pairs = (low | high << np.uint32(16)).view(np.uint16)
     wanted = mosaic_codes.parts_of(jnp.asarray(pairs), kind, jnp.dtype(dtype), None, interpreted=True)
-    for (bits, factor, subtracted), want in zip(
+    for (bits, factor, subtracted, last), want in zip(
         mosaic_codes.bits_of_parts(pairs, kind, numbers, shifted), wanted, strict=True
     ):
         held = np.asarray(bits).view(jnp.dtype(dtype)).astype(np.float64)
-        constants = np.array([factor, subtracted], np.float64)
+        constants = np.array([factor, subtracted, last], np.float64)
         np.testing.assert_array_equal(constants.astype(dtype).astype(np.float64), constants)
-        np.testing.assert_array_equal(held * factor - subtracted, np.asarray(want, np.float64))
+        np.testing.assert_array_equal((held * factor - subtracted) * last, np.asarray(want, np.float64))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -159,7 +140,7 @@ def test_parts_are_an_order(name: str) -> None:
     ],
 )
 def test_what_is_refused(case: Case, name: str, dtype: str, target: GpuTarget, words: str | None) -> None:
-    q, pool, batch = quantised(case, FORMATS[name], dtype)
+    q, pool, batch = quantised_inputs(case, FORMATS[name], dtype)
     reason = unsupported_reason(target, q, pool, case.variant, batch)
     assert reason is None if words is None else reason is not None and words in reason
 
