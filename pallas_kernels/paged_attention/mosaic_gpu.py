@@ -10,7 +10,7 @@ launch attends every item of a work list (``mosaic_plan``).
 The plan is shared by all layers of a step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from jaxpaged.pallas_kernels.paged_attention.mosaic_combine import combine
 from jaxpaged.pallas_kernels.paged_attention.mosaic_launch import attend_items
 from jaxpaged.pallas_kernels.paged_attention.mosaic_mma import MMA
 from jaxpaged.pallas_kernels.paged_attention.mosaic_operands import (
+    KernelMods,
     pack_operands,
     pack_queries,
     split_mods,
@@ -99,7 +100,7 @@ def paged_attention_mosaic_gpu(
     if reason is not None:
         raise NotImplementedError(f"paged_attention implementation 'mosaic_gpu': {reason}")
     assert target is not None
-    config = config or _config(target, q, kv_pool, batch, deterministic=deterministic)
+    config = config or _config(target, q, kv_pool, batch, split_mods(variant), deterministic=deterministic)
     spec, arrays = variant.split()
     base = jnp.full(1, layer * kv_pool.num_blocks, jnp.int32)
     call = _Call(spec, config, target, deterministic, interpret, kv_pool.format)
@@ -141,7 +142,7 @@ def unsupported_reason(
         return str(error)
     if batch is None:
         return None
-    config = config or _config(target, q, kv_pool, batch, deterministic=deterministic)
+    config = config or _config(target, q, kv_pool, batch, mods, deterministic=deterministic)
     tile_m, tile_q = _tile_rows(config, q.shape[1] // kv_pool.k.shape[1], width)
     tiles = max_tiles(q.shape[0], batch.seq_lens.shape[0], tile_q)
     return too_large_reason(
@@ -188,7 +189,13 @@ def _shape_reason(target: GpuTarget | None, q: jax.Array, kv_pool: KVPool) -> st
 
 
 def _config(
-    target: GpuTarget, q: jax.Array, kv_pool: KVPool, batch: AttentionBatch, *, deterministic: bool
+    target: GpuTarget,
+    q: jax.Array,
+    kv_pool: KVPool,
+    batch: AttentionBatch,
+    mods: KernelMods,
+    *,
+    deterministic: bool,
 ) -> MosaicConfig:
     num_kv_heads, block_size, head_dim = kv_pool.num_kv_heads, kv_pool.block_size, kv_pool.head_dim
     num_rows, table_width = batch.block_tables.shape
@@ -198,6 +205,8 @@ def _config(
     config = config_for(target, shape, kv_pool.k.dtype, deterministic=deterministic)
     if kv_pool.format is not None and config.form not in ("mma", "wgmma"):  # which takes no codes
         return MosaicConfig("wgmma", 64, 2, 1, 64)
+    if config.form == "prefill" and any(axes.key for axes in mods.axes):
+        return replace(config, tile_kv=64)  # values for 128 keys find no registers beside their scores
     return config
 
 
@@ -249,7 +258,7 @@ def _attend(
             (k, pool[1]),
             base,
             batch,
-            variant.sinks,
+            variant,
             split_budget=split_budget,
             interpret=call.interpret,
         )
@@ -302,6 +311,8 @@ def _attend_packed(
         split_budget=split_budget,
         deterministic=call.deterministic,
         max_len=batch.block_tables.shape[1] * block_size,
+        mask_mod=variant.mask_mod,
+        num_heads=num_heads,
     )
     keys = _keys_covered(batch, block_size, config)
     operands = pack_operands(

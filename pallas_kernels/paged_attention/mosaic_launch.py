@@ -94,7 +94,7 @@ def attend_items(
     max_items, (_, num_kv_heads, tile_m, head_dim) = plan.items.shape[0], q.shape
     run = kernel(
         f"paged_attention_{shape.config.form}",
-        partial(_body, form, shape, max_items, len(pool), len(operands)),
+        partial(_body, form, shape, max_items, len(pool), len(operands), plan.key_tiles is not None),
         out_type=[
             jax.ShapeDtypeStruct((max_items, num_kv_heads, tile_m, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((max_items, num_kv_heads, tile_m), jnp.float32),
@@ -105,14 +105,23 @@ def attend_items(
         interpret=interpret,
         **form.threads(),
     )
-    out, log_sums = run(q, *pool, base, tables, plan.items, plan.num_items, *operands)
+    listed = () if plan.key_tiles is None else (plan.key_tiles,)
+    out, log_sums = run(q, *pool, base, tables, plan.items, plan.num_items, *listed, *operands)
     return out, log_sums
 
 
 def _body(
-    form: Form, shape: TileShape, max_items: int, num_pool: int, num_operands: int, q: Any, *refs: Any
+    form: Form,
+    shape: TileShape,
+    max_items: int,
+    num_pool: int,
+    num_operands: int,
+    has_key_tiles: bool,
+    q: Any,
+    *refs: Any,
 ) -> None:
     pool, (base, tables, items, num_items, *rest) = refs[:num_pool], refs[num_pool:]
+    key_tiles, rest = (rest[0], rest[1:]) if has_key_tiles else (None, rest)
     operands, rest = rest[:num_operands], rest[num_operands:]
     head = lax.axis_index("head")
     kernel_refs = KernelRefs(
@@ -122,9 +131,9 @@ def _body(
 
     def for_items(attend: Callable[[Item], None]) -> None:
         if stride == max_items:
-            pl.when(mine < num_items[0])(lambda: attend(read_item(items, mine)))
+            pl.when(mine < num_items[0])(lambda: attend(read_item(items, mine, key_tiles)))
             return
         rounds = lax.div(num_items[0] - mine + (stride - 1), jnp.int32(stride))
-        pl.loop(0, jnp.maximum(rounds, 0))(lambda i: attend(read_item(items, mine + i * stride)))
+        pl.loop(0, jnp.maximum(rounds, 0))(lambda i: attend(read_item(items, mine + i * stride, key_tiles)))
 
     form.body(shape, kernel_refs, for_items)

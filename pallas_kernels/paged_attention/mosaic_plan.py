@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.pallas_kernels.batch import AttentionBatch
+from jaxpaged.pallas_kernels.paged_attention.mosaic_visible import QueryTiles, visible_key_tiles
+from jaxpaged.pallas_kernels.variant import MaskMod
 
 # Columns of ``WorkPlan.items``.
 ROW, TILE, FIRST_POS, LAST_POS, BEGIN, END, TOKEN, PART, LAST_KEY, NUM_ITEM_FIELDS = range(10)
@@ -51,11 +53,31 @@ class WorkPlan(NamedTuple):
     """int32 ``[T]``, the tile of each token; 0 for padding."""
     token_slots: jax.Array
     """int32 ``[T]``, its place in the tile."""
+    key_tiles: jax.Array | None = None
+    """int32 ``[P, K]``, with a ``mask_mod``: the tiles of keys that a query of the tile sees, and then others. Items
+    begin and end at places in this list; without one, at tiles of keys."""
 
 
 def max_tiles(num_tokens: int, num_rows: int, tile_q: int) -> int:
     """How many query tiles a bucket can have."""
     return min(num_tokens, num_rows + num_tokens // tile_q)
+
+
+class _Tiles(NamedTuple):
+    """Query tiles, ``P`` at most: the queries' half of a plan. Rows may be one more than the batch has, for padding."""
+
+    row: jax.Array  # int32 [P]
+    first_pos: jax.Array  # int32 [P]; negative for padding tokens
+    last_pos: jax.Array  # int32 [P]
+    last_key: jax.Array  # int32 [P], position of the row's last key
+    token: jax.Array  # int32 [P], index of the first token
+    size: jax.Array  # int32 [P], tokens; 0 past the last tile
+    first_of_row: jax.Array  # int32 [rows]
+
+    @property
+    def real(self) -> jax.Array:
+        """bool ``[P]``."""
+        return self.size > 0
 
 
 def make_plan(
@@ -68,6 +90,8 @@ def make_plan(
     deterministic: bool,
     max_len: int,
     in_place: bool = False,
+    mask_mod: MaskMod | None = None,
+    num_heads: int = 1,
 ) -> WorkPlan:
     """Cuts a batch into tiles and items.
 
@@ -82,77 +106,106 @@ def make_plan(
       in_place: for a kernel that writes results where their tokens are. Padding tokens get tiles too, of items without
         keys. The items come in the order of how many keys they have to read: what is begun last is then short, and the
         multiprocessors end together (Graham 1969, the rule of the longest processing time).
+      mask_mod: as in ``AttentionVariant``: tiles of keys that it hides from all queries of a tile belong to no item.
+        Not with ``deterministic``, where pieces may not depend on what else is in the tile.
+      num_heads: Hq, for ``mask_mod``.
 
     Returns:
       The plan; ``W`` is ``P + split_budget``, or ``P`` times the splits of a full table if deterministic.
     """
-    num_tokens = batch.positions.shape[0]
-    starts, query_lens, seq_lens = batch.query_start_loc[:-1], jnp.diff(batch.query_start_loc), batch.seq_lens
-    if in_place:  # padding as one more row, with nothing in the cache
-        num_real = batch.query_start_loc[-1:]
-        starts, query_lens = (
-            jnp.concatenate(pair) for pair in ((starts, num_real), (query_lens, num_tokens - num_real))
-        )
-        seq_lens = jnp.pad(seq_lens, (0, 1))
-    bound = max_tiles(num_tokens, seq_lens.shape[0], tile_q)
-    tiles_of_row = -(-query_lens // tile_q)
-    first_tile = _exclusive_sum(tiles_of_row)
-    index = jnp.arange(bound, dtype=jnp.int32)
-    rows = _owner(index, first_tile, tiles_of_row)
-    real = index < tiles_of_row.sum()
-    offset = (index - first_tile[rows]) * tile_q
-    size = jnp.where(real, jnp.minimum(query_lens[rows] - offset, tile_q), 0)
-    first_pos = jnp.where(real, seq_lens[rows] - query_lens[rows] + offset, 0)
-    last_pos = first_pos + jnp.maximum(size, 1) - 1
-    begin = jnp.zeros_like(first_pos)
+    tiles = _cut_queries(batch, tile_q, in_place)
+    begin = jnp.zeros_like(tiles.first_pos)
     if sliding_window is not None:
-        begin = jnp.maximum(first_pos - sliding_window + 1, 0) // tile_kv
-    cuts = _Cuts(begin, jnp.maximum(last_pos // tile_kv + 1, begin), real)
+        begin = jnp.maximum(tiles.first_pos - sliding_window + 1, 0) // tile_kv
+    end, key_tiles = jnp.maximum(tiles.last_pos // tile_kv + 1, begin), None
+    if mask_mod is not None and not deterministic:
+        queries = QueryTiles(tiles.row, tiles.first_pos, tiles.size, begin, jnp.where(tiles.real, end, begin))
+        key_tiles, end = visible_key_tiles(
+            mask_mod, queries, tile_q=tile_q, tile_kv=tile_kv, num_heads=num_heads, max_len=max_len
+        )
+        begin = jnp.zeros_like(begin)
+    cuts = _Cuts(begin, end, tiles.real)
     if deterministic:
-        num_items = bound * max(1, -(-max_len // DETERMINISTIC_SPLIT))
+        num_items = len(begin) * max(1, -(-max_len // DETERMINISTIC_SPLIT))
         cuts.cut_at_multiples(max(1, DETERMINISTIC_SPLIT // tile_kv))
     else:
-        num_items = bound + split_budget
+        num_items = len(begin) + split_budget
         cuts.cut_evenly(split_budget)
-    item_starts = _exclusive_sum(cuts.counts)
-    item = jnp.arange(num_items, dtype=jnp.int32)
-    tile = _owner(item, item_starts, cuts.counts)
-    item_begin, item_end = cuts.piece(tile, item - item_starts[tile])
-    item_end = jnp.where(item < cuts.counts.sum(), item_end, item_begin)
-    is_split = cuts.counts > 1
-    first_part = _exclusive_sum(jnp.where(is_split, cuts.counts, 0))
-    part = jnp.where(is_split[tile], first_part[tile] + item - item_starts[tile], -1)
-    tokens = jnp.where(real, starts[rows] + offset, 0)
-    row = jnp.minimum(rows[tile], batch.seq_lens.shape[0] - 1)  # what padding reads of a table is not used
-    fields = {
-        ROW: row,
-        TILE: tile,
-        FIRST_POS: first_pos[tile],
-        LAST_POS: last_pos[tile],
-        BEGIN: item_begin,
-        END: item_end,
-        TOKEN: tokens[tile],
-        PART: part,
-        LAST_KEY: seq_lens[rows[tile]] - 1,
-    }
-    items = jnp.stack([fields[column] for column in range(NUM_ITEM_FIELDS)], axis=1).astype(jnp.int32)
+    items, is_split, first_part = _items(tiles, cuts, num_items)
     if in_place:
-        items = items[_descending(jnp.where(item < cuts.counts.sum(), item_end - item_begin, -1))]
+        items = items[
+            _descending(
+                jnp.where(jnp.arange(num_items) < cuts.counts.sum(), items[:, END] - items[:, BEGIN], -1)
+            )
+        ]
     member = jnp.arange(tile_q, dtype=jnp.int32)[None, :]
-    place = jnp.arange(num_tokens, dtype=jnp.int32) - starts[batch.rows]
-    is_token = jnp.arange(num_tokens) < batch.query_start_loc[-1]
+    place = jnp.arange(len(batch.rows), dtype=jnp.int32) - batch.query_start_loc[batch.rows]
+    is_token = jnp.arange(len(batch.rows)) < batch.query_start_loc[-1]
     return WorkPlan(
         items=items,
         num_items=cuts.counts.sum(dtype=jnp.int32)[None],
-        item_starts=item_starts,
+        item_starts=_exclusive_sum(cuts.counts),
         item_counts=cuts.counts,
-        split_tiles=_split_tiles(is_split, [first_part, cuts.counts, tokens, size], split_budget // 2),
-        tile_rows=jnp.minimum(rows, batch.seq_lens.shape[0] - 1),
-        tile_first_pos=first_pos,
-        tile_tokens=tokens[:, None] + jnp.minimum(member, jnp.maximum(size, 1)[:, None] - 1),
-        token_tiles=jnp.where(is_token, first_tile[batch.rows] + place // tile_q, 0),
+        split_tiles=_split_tiles(
+            is_split, [first_part, cuts.counts, tiles.token, tiles.size], split_budget // 2
+        ),
+        tile_rows=tiles.row,
+        tile_first_pos=tiles.first_pos,
+        tile_tokens=tiles.token[:, None] + jnp.minimum(member, jnp.maximum(tiles.size, 1)[:, None] - 1),
+        token_tiles=jnp.where(is_token, tiles.first_of_row[batch.rows] + place // tile_q, 0),
         token_slots=jnp.where(is_token, place % tile_q, 0),
+        key_tiles=key_tiles,
     )
+
+
+def _cut_queries(batch: AttentionBatch, tile_q: int, in_place: bool) -> _Tiles:
+    num_tokens, num_rows = len(batch.positions), len(batch.seq_lens)
+    starts, query_lens, seq_lens = batch.query_start_loc[:-1], jnp.diff(batch.query_start_loc), batch.seq_lens
+    if in_place:  # padding as one more row, with nothing in the cache
+        num_real = batch.query_start_loc[-1:]
+        starts = jnp.concatenate([starts, num_real])
+        query_lens = jnp.concatenate([query_lens, num_tokens - num_real])
+        seq_lens = jnp.pad(seq_lens, (0, 1))
+    tiles_of_row = -(-query_lens // tile_q)
+    first_of_row = _exclusive_sum(tiles_of_row)
+    index = jnp.arange(max_tiles(num_tokens, len(seq_lens), tile_q), dtype=jnp.int32)
+    row = _owner(index, first_of_row, tiles_of_row)
+    real = index < tiles_of_row.sum()
+    offset = (index - first_of_row[row]) * tile_q
+    size = jnp.where(real, jnp.minimum(query_lens[row] - offset, tile_q), 0)
+    first_pos = jnp.where(real, seq_lens[row] - query_lens[row] + offset, 0)
+    return _Tiles(
+        row=jnp.minimum(row, num_rows - 1),  # what padding reads of a table is not used
+        first_pos=first_pos,
+        last_pos=first_pos + jnp.maximum(size, 1) - 1,
+        last_key=seq_lens[row] - 1,
+        token=jnp.where(real, starts[row] + offset, 0),
+        size=size,
+        first_of_row=first_of_row,
+    )
+
+
+def _items(tiles: _Tiles, cuts: "_Cuts", num_items: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``WorkPlan.items`` in the order of tiles, which tiles have several, and the first partial result of these."""
+    item_starts = _exclusive_sum(cuts.counts)
+    item = jnp.arange(num_items, dtype=jnp.int32)
+    tile = _owner(item, item_starts, cuts.counts)
+    begin, end = cuts.piece(tile, item - item_starts[tile])
+    is_split = cuts.counts > 1
+    first_part = _exclusive_sum(jnp.where(is_split, cuts.counts, 0))
+    fields = {
+        ROW: tiles.row[tile],
+        TILE: tile,
+        FIRST_POS: tiles.first_pos[tile],
+        LAST_POS: tiles.last_pos[tile],
+        BEGIN: begin,
+        END: jnp.where(item < cuts.counts.sum(), end, begin),
+        TOKEN: tiles.token[tile],
+        PART: jnp.where(is_split[tile], first_part[tile] + item - item_starts[tile], -1),
+        LAST_KEY: tiles.last_key[tile],
+    }
+    columns = [fields[column] for column in range(NUM_ITEM_FIELDS)]
+    return jnp.stack(columns, axis=1).astype(jnp.int32), is_split, first_part
 
 
 def _split_tiles(is_split: jax.Array, columns: list[jax.Array], bound: int) -> jax.Array:

@@ -231,6 +231,8 @@ class _Half:
         tile_kv, begin = jnp.int32(self.shape.config.tile_kv), self.item.begin
         end = lax.div(self.item.last_pos, tile_kv) + 1 - begin
         end = jnp.where(self.num_tokens > 0, jnp.clip(end, 0, self.whole.steps), 0)
+        if self.item.key_tiles is not None:  # with a mask_mod no step goes without a mask
+            return jnp.int32(0), jnp.int32(0), jnp.where(self.num_tokens > 0, self.whole.steps, 0)
         full_begin = jnp.int32(0)
         if self.shape.sliding_window is not None:
             # Of the half's last query, whose window begins latest.
@@ -307,7 +309,8 @@ class _Half:
     def _finish(self, acc: Any, top: Any, total: Any) -> None:
         """Writes the result, or the partial one."""
         refs, part = self.refs, self.whole.part
-        if refs.partials is None:
+        partials, log_sums = refs.partials, refs.log_sums
+        if partials is None or log_sums is None:
             self._store(acc, top, total)
             return
         pl.when(part < 0)(lambda: self._store(acc, top, total))
@@ -316,8 +319,8 @@ class _Half:
         def _() -> None:
             safe = jnp.where(total == 0.0, 1.0, total)
             place = part, refs.head, self.half
-            store_global(refs.partials.at[place], acc / lax.broadcast_in_dim(safe, acc.shape, [0]))
-            store_global(refs.log_sums.at[place], jnp.where(total == 0.0, MASKED, top + jnp.log2(safe)))
+            store_global(partials.at[place], acc / lax.broadcast_in_dim(safe, acc.shape, [0]))
+            store_global(log_sums.at[place], jnp.where(total == 0.0, MASKED, top + jnp.log2(safe)))
 
     def _store(self, acc: Any, top: Any, total: Any) -> None:
         """Results of the half's tokens, each ``[G, D]``."""

@@ -30,6 +30,7 @@ from jaxpaged.pallas_kernels.paged_attention.mosaic_prefill import (
     scratch_types,
 )
 from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import LOG2E, TileShape, read_item
+from jaxpaged.pallas_kernels.variant import AttentionVariant
 
 
 def attend_ragged(
@@ -38,7 +39,7 @@ def attend_ragged(
     pool: tuple[jax.Array, jax.Array],
     base: jax.Array,
     batch: AttentionBatch,
-    sinks: jax.Array | None,
+    variant: AttentionVariant,
     *,
     split_budget: int,
     interpret: Any = None,
@@ -51,7 +52,7 @@ def attend_ragged(
       pool: keys and values, ``[L*N, Hkv, S, D]``.
       base: int32 ``[1]``, the layer's first block.
       batch: see ``AttentionBatch``.
-      sinks: float ``[Hq]`` or None.
+      variant: what ``shape`` does not say of it: its sinks and its mask.
       split_budget: how many items more than tiles there may be.
       interpret: see ``mosaic_gpu.kernel``.
 
@@ -69,6 +70,8 @@ def attend_ragged(
         deterministic=False,
         max_len=max_len,
         in_place=True,
+        mask_mod=variant.mask_mod,
+        num_heads=num_heads,
     )
     keys = -(-max_len // shape.config.tile_kv) * shape.config.tile_kv
     by_half = halves(plan, shape.tile_q)
@@ -81,17 +84,22 @@ def attend_ragged(
         keys=keys,
     )
     row_sinks = None
-    if sinks is not None:
-        grouped = sinks.astype(jnp.float32).reshape(num_kv_heads, shape.group) * LOG2E
+    if variant.sinks is not None:
+        grouped = variant.sinks.astype(jnp.float32).reshape(num_kv_heads, shape.group) * LOG2E
         row_sinks = grouped[:, jnp.arange(ROWS) % shape.group]
-    launch = _Launch(shape, row_sinks is not None, len(operands), split_budget >= 2, interpret)
-    extra = (*operands, *(() if row_sinks is None else (row_sinks,)))
+    optional = [x for x in (row_sinks, plan.key_tiles) if x is not None]
+    extra = (*operands, *optional)
+    launch = _Launch(
+        shape, row_sinks is not None, plan.key_tiles is not None, len(operands), split_budget >= 2, interpret
+    )
     packed = pack_queries(q, by_half, num_kv_heads, ROWS)
     arguments = (packed, *pool, base, batch.block_tables, plan.items, plan.num_items, *extra)
     out, *parts = launch(*arguments, num_parts=split_budget, num_tokens=q.shape[0])
     if parts:
-        joined = partial(join_partials, tile_q=shape.tile_q, interpret=interpret)
-        out = joined(out, *parts, plan.split_tiles, row_sinks)
+        partials, log_sums = parts
+        out = join_partials(
+            out, partials, log_sums, plan.split_tiles, row_sinks, tile_q=shape.tile_q, interpret=interpret
+        )
     return out.reshape(q.shape)
 
 
@@ -111,6 +119,7 @@ class _Launch:
 
     shape: TileShape
     has_sinks: bool
+    has_key_tiles: bool
     num_operands: int
     has_parts: bool
     interpret: Any
@@ -144,11 +153,13 @@ class _Launch:
     def _body(self, names: list[str], num_outputs: int, *refs: Any) -> None:
         (q, k, v, base, tables, items, num_items), rest = refs[:7], list(refs[7:])
         take: Callable[[int], list[Any]] = lambda count: [rest.pop(0) for _ in range(count)]  # noqa: E731
-        operands, sinks, outputs = take(self.num_operands), take(self.has_sinks), take(num_outputs)
+        operands, sinks = take(self.num_operands), take(self.has_sinks)
+        key_tiles, outputs = take(self.has_key_tiles), take(num_outputs)
         scratch = Scratch(**dict(zip(names, rest, strict=True)))
         out, partials, log_sums = (*outputs, None, None)[:3]
         sink = sinks[0] if sinks else None
         mine = lax.axis_index("item")
         head = lax.axis_index("head")
         found = PrefillRefs(q, (k, v), base, tables, sink, operands, out, partials, log_sums, scratch, head)
-        pl.when(mine < num_items[0])(lambda: attend_item(self.shape, found, read_item(items, mine)))
+        listed = key_tiles[0] if key_tiles else None
+        pl.when(mine < num_items[0])(lambda: attend_item(self.shape, found, read_item(items, mine, listed)))

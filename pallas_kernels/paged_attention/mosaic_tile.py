@@ -86,10 +86,11 @@ class Item:
     token: Any
     part: Any
     last_key: Any
+    key_tiles: Any  # a reference, or None: see ``WorkPlan``
 
 
-def read_item(items_ref: Any, index: Any) -> Item:
-    """Reads one line of the work list."""
+def read_item(items_ref: Any, index: Any, key_tiles: Any = None) -> Item:
+    """Reads one line of the work list; ``key_tiles`` is the reference of the plan's, if it has them."""
     field = lambda column: items_ref[index, column]  # noqa: E731
     begin = field(BEGIN)
     return Item(
@@ -103,12 +104,17 @@ def read_item(items_ref: Any, index: Any) -> Item:
         token=field(TOKEN),
         part=field(PART),
         last_key=field(LAST_KEY),
+        key_tiles=None if key_tiles is None else key_tiles.at[field(TILE)],
     )
 
 
 def first_key(shape: TileShape, item: Item, step: Any) -> Any:
     """Position of the first key of a step."""
-    return (item.begin + step) * shape.config.tile_kv
+    place = item.begin + step
+    if item.key_tiles is None:
+        return place * shape.config.tile_kv
+    # In range even past the item's end, where prefetching looks.
+    return item.key_tiles[jnp.minimum(place, item.key_tiles.shape[0] - 1)] * shape.config.tile_kv
 
 
 def oldest_key(shape: TileShape, item: Item) -> Any:
