@@ -133,13 +133,44 @@ class _Rows(NamedTuple):
 def _sample_general(
     logits: Array, state: SamplerState, batch: SamplingBatch, max_logprobs: int, mode: LogprobsMode
 ) -> SampleOutput:
-    adjusted = lax.cond(
-        batch.flags & (PENALTY | BIAS) != 0, partial(_adjust, logits, state, batch), lambda: logits
-    )
-    chunks = sampler_choice.chunked(adjusted)
+    wants_logprobs = batch.flags & (LOGPROBS | TOP_LOGPROBS) != 0
+    nothing = partial(_no_logprobs, len(logits), max_logprobs)
+
+    def logprobs(values: Array, tokens: Array, rows: _Rows) -> tuple[Array, Array, Array, Array]:
+        return _logprobs(values, tokens, rows, batch.flags, max_logprobs)
+
+    def chosen(values: Array) -> tuple[Array, tuple[Array, ...]]:
+        tokens, rows = _tokens(values, batch)
+        if mode == "raw_logprobs":
+            return tokens, ()
+        return tokens, lax.cond(wants_logprobs, lambda: logprobs(values, tokens, rows), nothing)
+
+    def adjusted() -> tuple[Array, tuple[Array, ...]]:
+        # Nothing is fused with what adjusts them, so that both branches do the same sums in the same order: what
+        # a row gets does not depend on whether another row of its batch has a penalty.
+        return chosen(lax.optimization_barrier(_adjust(logits, state, batch)))
+
+    # Everything that reads all logits lies in the branches, twice in the program: a branch that handed on the
+    # logits as they are would copy them.
+    is_adjusted = batch.flags & (PENALTY | BIAS) != 0
+    tokens, processed = lax.cond(is_adjusted, adjusted, lambda: chosen(logits))
+    if mode == "processed_logprobs":
+        return SampleOutput(tokens, *processed)
+
+    def raw() -> tuple[Array, Array, Array, Array]:
+        raw_max = sampler_choice.chunk_maxima(sampler_choice.chunked(logits)).max(axis=-1)
+        rows = _Rows(raw_max, jnp.ones_like(raw_max), jnp.full_like(raw_max, -jnp.inf))
+        return logprobs(logits, tokens, rows)
+
+    return SampleOutput(tokens, *lax.cond(wants_logprobs, raw, nothing))
+
+
+def _tokens(logits: Array, batch: SamplingBatch) -> tuple[Array, _Rows]:
+    """A token for each row of the adjusted logits, int32 [B], and what it was drawn from."""
+    chunks = sampler_choice.chunked(logits)
     maxima = sampler_choice.chunk_maxima(chunks)
     best = sampler_choice.argmax(chunks, maxima)
-    rows = _distribution(adjusted, maxima.max(axis=-1), batch)
+    rows = _distribution(logits, maxima.max(axis=-1), batch)
 
     def drawn() -> Array:
         seeds = lax.bitcast_convert_type(batch.ints[:, 1:3], jnp.uint32)
@@ -147,17 +178,7 @@ def _sample_general(
         token = sampler_choice.draw(chunks, *rows, noise)
         return jnp.where((batch.floats[:, 0] > 0) & (rows.max > -jnp.inf), token, best)
 
-    tokens = lax.cond(batch.flags & RANDOM != 0, drawn, lambda: best)
-
-    def logprobs() -> tuple[Array, Array, Array, Array]:
-        if mode == "processed_logprobs":
-            return _logprobs(adjusted, tokens, rows, batch.flags, max_logprobs)
-        raw_max = sampler_choice.chunk_maxima(sampler_choice.chunked(logits)).max(axis=-1)
-        raw = _Rows(raw_max, jnp.ones_like(raw_max), jnp.full_like(raw_max, -jnp.inf))
-        return _logprobs(logits, tokens, raw, batch.flags, max_logprobs)
-
-    nothing = partial(_no_logprobs, len(logits), max_logprobs)
-    return SampleOutput(tokens, *lax.cond(batch.flags & (LOGPROBS | TOP_LOGPROBS) != 0, logprobs, nothing))
+    return lax.cond(batch.flags & RANDOM != 0, drawn, lambda: best), rows
 
 
 def _adjust(logits: Array, state: SamplerState, batch: SamplingBatch) -> Array:
