@@ -51,6 +51,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--gpu"):
         os.environ["JAX_PLATFORMS"] = "cpu"
+        # Threads of a kernel in the Mosaic GPU interpreter wait for each other inside of XLA's threads: with a thread
+        # for each of two cores none was left to go on, now and then.
+        os.environ.setdefault("PJRT_NPROC", "8")
     for name, value in JAX_OPTIONS.items():
         os.environ[name.upper()] = str(value)
 

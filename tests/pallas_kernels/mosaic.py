@@ -18,8 +18,9 @@ from tests.pallas_kernels.oracle import attend, softmax_attention
 SMALL_GPU = GpuTarget((9, 0), 2, "interpreter")
 MMA = MosaicConfig("mma", tile_kv=64, stages=2, ctas_per_sm=2)
 WGMMA = MosaicConfig("wgmma", tile_kv=64, stages=2, ctas_per_sm=2, tile_m=64)
+PREFILL = MosaicConfig("prefill", tile_kv=64, stages=2, ctas_per_sm=1, tile_m=128)
 
-
+# What takes any shape of batch and of heads; prefill has tests of its own.
 FORMS = {"mma": MMA, "wgmma": WGMMA}
 
 
@@ -48,8 +49,16 @@ def attend_interpreted(
 def check(case: Case, config: MosaicConfig, dtype: str = "bfloat16", **options: Any) -> None:
     """As near to the truth as the reference in the same dtype is, within twice its error."""
     inputs = make_inputs(case, dtype=jnp.dtype(dtype), poison=options.pop("poison", np.nan))
+    check_inputs(case, inputs, config, **options)
+
+
+def check_inputs(
+    case: Case, inputs: tuple[jax.Array, KVPool, AttentionBatch], config: MosaicConfig, **options: Any
+) -> None:
+    """``check`` of given inputs. Padding tokens' results are zeros."""
     exact = softmax_attention(inputs[0], inputs[1], 1, inputs[2], case.variant)
     allowed = 2 * np.abs(attend("reference", case, inputs)[: len(exact)] - exact).max() + 1e-5
     out = attend_interpreted(case, inputs, config, **options)
     assert np.isfinite(out).all(), "padding included"
     assert np.abs(out[: len(exact)] - exact).max() <= allowed
+    np.testing.assert_array_equal(out[len(exact) :], 0)
