@@ -1,5 +1,9 @@
 """The work list of the attention kernels: every key of every token once, and evenly."""
 
+from collections.abc import Callable
+from functools import cache, partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,9 +16,12 @@ from jaxpaged.pallas_kernels.paged_attention.mosaic_plan import (
     DETERMINISTIC_SPLIT,
     END,
     FIRST_POS,
+    LAST_KEY,
     LAST_POS,
+    PART,
     ROW,
     TILE,
+    TOKEN,
     WorkPlan,
     make_plan,
     max_tiles,
@@ -134,3 +141,66 @@ def test_deterministic_cuts_depend_on_the_row_alone(
 )
 def test_bound_of_tiles(tokens: int, rows: int, tile_q: int, expected: int) -> None:
     assert max_tiles(tokens, rows, tile_q) == expected
+
+
+@cache
+def planned_in_place(tile_q: int, window: int | None, budget: int) -> Callable[[AttentionBatch], WorkPlan]:
+    """Compiled once for all batches."""
+    options = {"tile_q": tile_q, "sliding_window": window, "split_budget": budget, "in_place": True}
+    return jax.jit(partial(make_plan, tile_kv=64, deterministic=False, max_len=MAX_LEN, **options))
+
+
+@given(
+    rows=row_lists,
+    sizes=st.sampled_from([(1, None, 7), (4, None, 0), (4, 700, 100), (16, 1, 7), (16, None, 1)]),
+)
+def test_in_place_every_token_is_written_once(
+    rows: list[tuple[int, int]], sizes: tuple[int, int | None, int]
+) -> None:
+    """By the one item of its tile, or by the join of several, whose partial results have places of their own."""
+    tile_q, _, budget = sizes
+    plan = planned_in_place(*sizes)(batch_of(rows))
+    items = np.asarray(plan.items)
+    real = items[: int(plan.num_items[0])]
+    assert len(real) <= len(items) == max_tiles(TOKENS, ROWS + 1, tile_q) + budget
+    lengths = items[:, END] - items[:, BEGIN]
+    assert (np.diff(lengths[: len(real)]) <= 0).all(), "the longest first"
+    assert (lengths[len(real) :] == 0).all()
+    written = np.zeros(TOKENS, int)
+    for item in real[real[:, PART] < 0]:
+        written[item[TOKEN] : item[TOKEN] + item[LAST_POS] - item[FIRST_POS] + 1] += 1
+    parts = real[real[:, PART] >= 0]
+    assert sorted(parts[:, PART]) == list(range(len(parts)))
+    assert len(parts) <= max(budget, 0)
+    num_joined = 0
+    for first, count, token, size in np.asarray(plan.split_tiles):
+        if count == 0:
+            continue
+        mine = parts[(parts[:, PART] >= first) & (parts[:, PART] < first + count)]
+        mine = mine[np.argsort(mine[:, PART])]
+        assert len(mine) == count >= 2
+        assert len(set(mine[:, TILE])) == 1
+        assert (mine[:, TOKEN] == token).all()
+        assert (mine[:, LAST_POS] - mine[:, FIRST_POS] + 1 == size).all()
+        np.testing.assert_array_equal(mine[1:, BEGIN], mine[:-1, END], err_msg="in the order of the keys")
+        written[token : token + size] += 1
+        num_joined += count
+    assert num_joined == len(parts), "all are joined"
+    np.testing.assert_array_equal(written, 1, err_msg="padding too")
+
+
+@settings(max_examples=5)
+@given(rows=row_lists)
+def test_in_place_the_same_keys_are_read(rows: list[tuple[int, int]]) -> None:
+    """By the same items in another order; padding's come last and read none."""
+    plans = plan_of(rows, split_budget=7), planned_in_place(4, None, 7)(batch_of(rows))
+    expected, found = (np.asarray(plan.items)[: int(plan.num_items[0])] for plan in plans)
+    padding = found[found[:, LAST_KEY] < 0]
+    assert len(padding) == -(-(TOKENS - sum(new for _, new in rows)) // 4)
+    assert (padding[:, END] == 0).all()
+    assert (padding[:, BEGIN] == 0).all()
+    own = found[found[:, LAST_KEY] >= 0]
+    columns = [ROW, TILE, FIRST_POS, LAST_POS, BEGIN, END, LAST_KEY]
+    np.testing.assert_array_equal(np.unique(own[:, columns], axis=0), np.unique(expected[:, columns], axis=0))
+    lasts = [cached + new - 1 for cached, new in rows]
+    np.testing.assert_array_equal(own[:, LAST_KEY], np.asarray(lasts)[own[:, ROW]])

@@ -80,6 +80,26 @@ def test_the_rule_fits_shared_memory_everywhere(
 
 
 @pytest.mark.parametrize(
+    ("changes", "form"),
+    [
+        ({"num_tokens": 2048, "num_rows": 8}, "prefill"),
+        ({"num_tokens": 2048, "num_rows": 8, "head_dim": 256}, "prefill"),
+        ({"num_tokens": 64, "num_rows": 64}, "mma"),
+        ({"num_tokens": 128, "num_rows": 64}, "mma"),
+        ({"num_tokens": 2048, "num_rows": 8, "head_dim": 96}, "prefill"),
+        # Where a token's copy would not begin at a multiple of 128 bytes.
+        ({"num_tokens": 2048, "num_rows": 8, "head_dim": 96, "num_heads": 8}, "mma"),
+    ],
+)
+def test_many_query_tokens_have_a_form_of_their_own_on_hopper(changes: dict[str, int], form: str) -> None:
+    assert config_for(H200, shape(**changes), jnp.bfloat16).form == form
+    assert config_for(H200, shape(**changes), jnp.bfloat16, deterministic=True).form == "mma"
+    for capability in set(SUPPORTED_CAPABILITIES) - {(9, 0)}:
+        other = GpuTarget(capability, 132, H200.kind)
+        assert config_for(other, shape(**changes), jnp.bfloat16).form == "mma"
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"form": "triton"}, "form='triton' must be"),
@@ -88,6 +108,10 @@ def test_the_rule_fits_shared_memory_everywhere(
         ({"form": "wgmma"}, "tile_m=16 must be one of"),
         ({"stages": 1}, "stages=1 must be one of"),
         ({"ctas_per_sm": 0}, "ctas_per_sm=0 must be one of"),
+        ({"form": "prefill", "ctas_per_sm": 1, "tile_m": 128, "tile_kv": 32}, "tile_kv=32 must be one of"),
+        ({"form": "prefill", "ctas_per_sm": 1, "tile_m": 64}, r"tile_m=64 must be one of \(128,\)"),
+        ({"form": "prefill", "ctas_per_sm": 2, "tile_m": 128}, r"ctas_per_sm=2 must be one of \(1,\)"),
+        ({"form": "wgmma", "tile_m": 128}, "tile_m=128 must be one of"),
     ],
 )
 def test_sizes_that_no_kernel_has(arguments: dict[str, Any], words: str) -> None:
