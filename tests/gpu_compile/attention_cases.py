@@ -1,4 +1,4 @@
-"""Cases of paged attention: both forms of the Mosaic GPU kernel over shapes and variants, and the XLA baseline."""
+"""Cases of paged attention: the forms of the Mosaic GPU kernel over shapes and variants, and the XLA baseline."""
 
 import importlib
 from collections.abc import Callable
@@ -21,7 +21,7 @@ POOL_ARRAY_BYTES = 2**30
 PACKAGE = "jaxpaged.pallas_kernels.paged_attention"
 
 # Query tokens and rows of a batch.
-BATCHES = {"decode": (64, 64), "mixed": (512, 32)}
+BATCHES = {"decode": (64, 64), "mixed": (512, 32), "prompt": (8192, 1), "prompts": (2048, 16)}
 
 # Shapes of the arrays that a variant closes over, and the variant over them; Hq is the number of heads.
 Make = Callable[..., AttentionVariant]
@@ -57,6 +57,7 @@ _KERNEL = Expects(min_kernels=1, has_async_copies=True, max_temp_share=1 / 8)
 EXPECTED = {
     "mma": replace(_KERNEL, instructions=frozenset({"mma.sync", "ldmatrix"})),
     "wgmma": replace(_KERNEL, instructions=frozenset({"wgmma.mma_async"})),
+    "prefill": replace(_KERNEL, instructions=frozenset({"wgmma.mma_async", "setmaxnreg"})),
     "auto": _KERNEL,
 }
 
@@ -88,7 +89,8 @@ def attention_program(
     """Attention in layer 1 of a pool of 1 GiB for keys and as much for values, which is not donated.
 
     Args:
-      form: ``"mma"`` or ``"wgmma"`` of the Mosaic GPU kernel, ``"auto"`` for what it takes by itself, or ``"xla"``.
+      form: ``"mma"``, ``"wgmma"`` or ``"prefill"`` of the Mosaic GPU kernel, ``"auto"`` for what it takes by itself,
+        or ``"xla"``.
       batch: of ``BATCHES``.
       variant: of ``VARIANTS``.
       head_dim, block_size, dtype: of the pool.
@@ -174,6 +176,8 @@ def config_in_form(form: str, q: jax.Array, kv_pool: KVPool, batch: AttentionBat
         return config
     if form == "wgmma":
         return MosaicConfig(form="wgmma", tile_kv=64, stages=2, ctas_per_sm=1, tile_m=64)
+    if form == "prefill":
+        return MosaicConfig(form="prefill", tile_kv=64, stages=2, ctas_per_sm=1, tile_m=128)
     return MosaicConfig(form="mma", tile_kv=32, stages=2, ctas_per_sm=1, tile_m=16)
 
 
@@ -196,11 +200,11 @@ def _special(form: str, targets: tuple[str, ...], batch: str, **options: Any) ->
     return CompileCase(name, build, targets, EXPECTED.get(form, Expects()))
 
 
-def each_value_once(shift: int) -> list[dict[str, Any]]:
+def each_value_once(shift: int, axes: dict[str, tuple[Any, ...]] = AXES) -> list[dict[str, Any]]:
     """As few combinations as have every value of every axis; others for another ``shift``."""
-    rows = max(len(values) for values in AXES.values())
+    rows = max(len(values) for values in axes.values())
     return [
-        {name: values[(row + shift * at) % len(values)] for at, (name, values) in enumerate(AXES.items())}
+        {name: values[(row + shift * at) % len(values)] for at, (name, values) in enumerate(axes.items())}
         for row in range(rows)
     ]
 
@@ -246,11 +250,27 @@ def _quantised_cases() -> list[CompileCase]:
     return [replace(case, expects=replace(case.expects, max_temp_share=1 / 4)) for case in cases]
 
 
+# Groups of an odd number of heads leave rows of a tile free.
+_PREFILL_AXES = {**AXES, "heads": ((32, 8), (64, 8), (16, 16), (28, 4), (32, 1))}
+
+
+def _prefill_cases() -> list[CompileCase]:
+    """On Hopper, where it is: every setting twice, and prompts whose temporaries must not grow with them."""
+    combinations = [c for shift in (1, 2) for c in each_value_once(shift, _PREFILL_AXES)]
+    build = partial(attention_program, "prefill", "mixed")
+    cases = [
+        CompileCase(name_of("prefill", c), partial(build, **c), expects=EXPECTED["prefill"])
+        for c in combinations
+    ]
+    return cases + [_special("prefill", ("h200",), batch) for batch in ("prompt", "prompts")]
+
+
 CASES = (
     _special("xla", ("h200", "a100"), "decode"),
     _special("xla", ("h200",), "mixed", variant="alibi"),
     *_decode_cases(),
     *_quantised_cases(),
+    *_prefill_cases(),
     _special("auto", ALL_TARGETS, "decode", deterministic=True),
     _special("auto", ALL_TARGETS, "mixed"),
     *(
