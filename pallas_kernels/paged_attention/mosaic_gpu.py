@@ -50,6 +50,9 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_GROUP = 64
 
+# The widest heads of a quantised pool for which the prefill kernel has registers.
+_PREFILL_OF_CODES = 192
+
 # Barriers, and what the compiler reserves to reduce across warps.
 _SCRATCH = 4096
 
@@ -132,8 +135,8 @@ def unsupported_reason(
         needed = shared_memory(config, tile_m, kv_pool.head_dim, kind)
         if needed > target.smem_bytes:
             return f"{config} needs {needed} bytes of shared memory, {target.kind} has {target.smem_bytes}"
-        if config.form == "prefill" and kind is not None:
-            return f"config.form='prefill' takes no {kind.name} pool"
+        if config.form == "prefill" and kind is not None and kv_pool.head_dim > _PREFILL_OF_CODES:
+            return f"config.form='prefill' takes {kind.name} up to head_dim={_PREFILL_OF_CODES}: {kv_pool.head_dim}"
         if config.form == "prefill" and q.shape[1] // kv_pool.k.shape[1] * q.shape[2] % 64:
             return f"config.form='prefill' needs heads of a kv head that are multiples of 64 wide together: {q.shape}"
     try:
@@ -203,10 +206,10 @@ def _config(
         q.shape[0], num_rows, q.shape[1], num_kv_heads, head_dim, block_size, table_width * block_size
     )
     config = config_for(target, shape, kv_pool.k.dtype, deterministic=deterministic)
-    if kv_pool.format is not None and config.form not in ("mma", "wgmma"):  # which takes no codes
+    if config.form == "prefill" and kv_pool.format is not None and head_dim > _PREFILL_OF_CODES:
         return MosaicConfig("wgmma", 64, 2, 1, 64)
-    if config.form == "prefill" and any(axes.key for axes in mods.axes):
-        return replace(config, tile_kv=64)  # values for 128 keys find no registers beside their scores
+    if config.form == "prefill" and (kv_pool.format is not None or any(axes.key for axes in mods.axes)):
+        return replace(config, tile_kv=64)  # numbers for 128 keys find no registers beside their scores
     return config
 
 
@@ -216,7 +219,8 @@ def shared_memory(config: MosaicConfig, tile_m: int, head_dim: int, kind: KVForm
     extra = 0
     if kind is not None:
         extra = 2 * config.stages * config.tile_kv * 4
-        extra += 2 * config.tile_kv * head_dim if config.form == "wgmma" else 0
+        numbers = {"mma": 0, "wgmma": 1, "prefill": HALVES}[config.form]
+        extra += numbers * 2 * config.tile_kv * head_dim
     other = (tile_m, config.tile_kv if config.form == "mma" else head_dim)
     results = (tile_m, result_columns(head_dim)) if config.form == "prefill" else (0,)
     return smem_bytes_of([(shape, jnp.bfloat16) for shape in (ring, other, results)]) + extra + _SCRATCH
@@ -252,16 +256,17 @@ def _attend(
     shape = _tile_shape(call, variant, q, k)
     split_budget = call.target.num_sms * call.config.ctas_per_sm // k.shape[1]
     if call.config.form == "prefill":
-        return attend_ragged(
+        out = attend_ragged(
             shape,
             q,
-            (k, pool[1]),
+            pool,
             base,
             batch,
             variant,
             split_budget=split_budget,
             interpret=call.interpret,
         )
+        return out if call.kind is None else from_parts(out, call.kind)
     out = _attend_packed(call, shape, q, pool, base, batch, variant, split_budget)
     out = out if call.kind is None else from_parts(out, call.kind)
     real = jnp.arange(q.shape[0]) < batch.query_start_loc[-1]

@@ -10,6 +10,9 @@ barriers of their own, so that the next keys are on their way while values are s
 queries of a half see are multiplied without masks; those that none sees belong to no item, but for one at most that
 only the other half sees, which is passed over.
 
+Codes of a quantised pool come with their scales; each half makes numbers of them in shared memory, where its products
+take them from, one tile at a time (``mosaic_codes``).
+
 What no query sees may be anything, NaN included. Values of such keys are set to zero by the copying warpgroup: two
 readers cannot each do it for themselves.
 
@@ -17,6 +20,7 @@ Numerics as in ``mosaic_mma``. Method: FlashAttention-3 (arXiv:2407.08608), its 
 barriers of JAX's ``jax/experimental/pallas/ops/gpu/attention_mgpu.py``.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +32,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxpaged.pallas_kernels.mosaic_gpu import store_global
+from jaxpaged.pallas_kernels.paged_attention.mosaic_codes import WORD
+from jaxpaged.pallas_kernels.paged_attention.mosaic_ring import Ring
 from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import (
     LOG2E,
     Item,
@@ -41,7 +47,7 @@ from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import (
     operands_of,
     softmax_weights,
 )
-from jaxpaged.pallas_kernels.paged_attention.mosaic_wgmma import add_product
+from jaxpaged.pallas_kernels.paged_attention.mosaic_wgmma import add_product, to_multiply
 from jaxpaged.pallas_kernels.variant import MASKED
 
 HALVES = 2
@@ -50,6 +56,8 @@ _COPY = HALVES  # the warpgroup after those that compute
 # Registers of a thread: together no more than the launch's 168 of each ("setmaxnreg", PTX ISA), so that all three
 # warpgroups find theirs; without spilling at any head dimension.
 _COPY_REGISTERS, _COMPUTE_REGISTERS = 40, 232
+# Of a quantised pool, whose scales have addresses of their own.
+_COPY_REGISTERS_OF_CODES, _COMPUTE_REGISTERS_OF_CODES = 56, 224
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,8 @@ class PrefillRefs:
     """References of a launch: operands, results, scratch; and the kv head of this thread block."""
 
     q: Any  # [2 * P, Hkv, ROWS, D]
-    pool: tuple[Any, Any]
+    pool: tuple[Any, Any]  # [L*N, Hkv, S, D], or words of codes
+    scales: tuple[Any, ...]  # float32 [L*N, Hkv, S], of keys and of values; none of a pool without
     base: Any
     tables: Any
     sinks: Any | None  # float32 [Hkv, ROWS], base 2
@@ -84,6 +93,9 @@ class Scratch:
     keys_read: Any
     values_read: Any
     turn: Any
+    key_scales: Any = None
+    value_scales: Any = None
+    numbers: Any = None  # codes as the products take them, of one tile for each half
     weights: Any = None  # for the interpreter, which takes the left operand from shared memory only
 
 
@@ -98,27 +110,31 @@ def result_columns(head_dim: int) -> int:
 def scratch_types(shape: TileShape, dtype: Any, interpreted: bool) -> Scratch:
     """What the kernel needs; ``shape`` is that of a half."""
     stages, tile_kv, head_dim = shape.config.stages, shape.config.tile_kv, shape.head_dim
-    # Said in full: with two warpgroups the compiler does not find it out.
-    columns = 64 if head_dim % 64 == 0 else 32
-    tiling = plgpu.TilingTransform((8, columns))  # type: ignore[abstract]
-    swizzle = plgpu.SwizzleTransform(2 * columns)  # type: ignore[abstract]
-    swizzled = partial(plgpu.SMEM, transforms=(tiling, swizzle))
-    ring = swizzled((stages, tile_kv, head_dim), dtype)
-    filled = plgpu.Barrier(num_arrivals=shape.blocks_per_tile, num_barriers=stages)
+
+    has_codes = shape.kind is not None
+    ring = plgpu.SMEM((stages, tile_kv, shape.ring_width), WORD if has_codes else dtype)
+    scales = plgpu.SMEM((stages, tile_kv), jnp.float32) if has_codes else None
+    filled = [
+        plgpu.Barrier(num_arrivals=copies * shape.blocks_per_tile, num_barriers=stages)
+        for copies in (1 + 2 * has_codes, 1)
+    ]
     read = plgpu.Barrier(num_arrivals=HALVES, num_barriers=stages)
     return Scratch(
-        queries=swizzled((HALVES, ROWS, head_dim), dtype),
+        queries=plgpu.SMEM((HALVES, ROWS, head_dim), dtype),
         # Plain rows: the copies out of it begin at any token.
         results=plgpu.SMEM((HALVES, ROWS, result_columns(head_dim)), dtype, transforms=()),
         keys=ring,
         values=ring,
         queries_there=plgpu.Barrier(num_barriers=HALVES),
-        keys_there=filled,
-        values_there=filled,
+        keys_there=filled[0],
+        values_there=filled[1],
         values_cleared=plgpu.Barrier(num_barriers=stages),
         keys_read=read,
         values_read=read,
         turn=plgpu.Barrier(num_arrivals=HALVES),
+        key_scales=scales,
+        value_scales=scales,
+        numbers=plgpu.SMEM((HALVES, tile_kv, head_dim), dtype) if has_codes else None,
         weights=plgpu.SMEM((HALVES, ROWS, tile_kv), dtype) if interpreted else None,
     )
 
@@ -126,18 +142,26 @@ def scratch_types(shape: TileShape, dtype: Any, interpreted: bool) -> Scratch:
 def attend_item(shape: TileShape, refs: PrefillRefs, item: Item) -> None:
     """Attends one item: copies, or computes a half, by the warpgroup that this is."""
     warpgroup = lax.axis_index("warpgroup")
+    registers = _COPY_REGISTERS, _COMPUTE_REGISTERS
+    if shape.kind is not None:
+        registers = _COPY_REGISTERS_OF_CODES, _COMPUTE_REGISTERS_OF_CODES
     # What there is to copy ends with the row, not with the tile.
     copied = replace(item, last_pos=item.last_key)
 
     @pl.when(warpgroup == _COPY)
     def _() -> None:
-        plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(registers[0], action="decrease")
         _copy(shape, refs, copied)
 
     @pl.when(warpgroup < HALVES)
     def _() -> None:
-        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(registers[1], action="increase")
         _Half(shape, refs, item, copied, warpgroup).attend()
+
+
+def _words(shape: TileShape) -> int:
+    """Columns of words that become numbers at a time: fewer where the result has most of the registers."""
+    return math.gcd(shape.ring_width, 64 if shape.head_dim <= 128 else 32)
 
 
 def _slot(shape: TileShape, step: Any) -> Any:
@@ -146,24 +170,38 @@ def _slot(shape: TileShape, step: Any) -> Any:
 
 def _copy(shape: TileShape, refs: PrefillRefs, item: Item) -> None:
     """Fills the ring, keys and values apart, as its slots are read."""
-    scratch, stages = refs.scratch, shape.config.stages
+    scratch, stages, has_codes = refs.scratch, shape.config.stages, shape.kind is not None
     ids_of: Callable[[Any], list[Any]] = partial(block_ids, shape, refs.tables, refs.base[0], item)
 
-    def fill(step: Any, ids: list[Any], pool: Any, ring: Any, there: Any) -> None:
+    def fill(step: Any, ids: list[Any], pool: Any, ring: Any, there: Any, scales: Sequence[Any] = ()) -> None:
         slot = _slot(shape, step)
         rows = pl.ds(first_key_in_block(shape, item, step), shape.copy_rows)
 
         def copy_all() -> None:
             for part, block in enumerate(ids):
-                target = ring.at[slot, pl.ds(part * shape.copy_rows, shape.copy_rows)]
-                plgpu.copy_gmem_to_smem(pool.at[block, refs.head, rows], target, there.at[slot])
+                place = slot, pl.ds(part * shape.copy_rows, shape.copy_rows)
+                for source, target in scales:
+                    # Not zeros out of bounds: then it is a plain bulk copy, which may begin anywhere on 16 bytes.
+                    mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+                    scale = source.at[block, refs.head, rows]
+                    plgpu.copy_gmem_to_smem(scale, target.at[place], there.at[slot], oob_mode=mode)
+                plgpu.copy_gmem_to_smem(pool.at[block, refs.head, rows], ring.at[place], there.at[slot])
 
         # By one warp: copies that a whole warpgroup issues have a barrier of the warpgroup before each.
         plgpu.warp_map(lambda warp: pl.when(warp == 0)(copy_all))
 
+    def clear(step: Any) -> None:
+        slot = _slot(shape, step)
+        plgpu.barrier_wait(scratch.values_there.at[slot])
+        clear_unseen_rows(shape, item, step, scratch.values.at[slot])
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(scratch.values_cleared.at[slot])
+
     def wait_values_read(step: Any) -> None:
         slot = _slot(shape, step)
         plgpu.barrier_wait(scratch.values_read.at[slot])
+        if has_codes:
+            return
         # Long there. But who waits at a barrier now and then has to see all of its phases.
         unobserved = jnp.logical_not(has_unseen_keys(shape, item, step))
         pl.when(unobserved)(lambda: plgpu.barrier_wait(scratch.values_there.at[slot]))
@@ -173,16 +211,13 @@ def _copy(shape: TileShape, refs: PrefillRefs, item: Item) -> None:
         # Read before the wait, so that both are under way together.
         ids, slot, reused = ids_of(i), _slot(shape, i), i >= stages
         pl.when(reused)(lambda: plgpu.barrier_wait(scratch.keys_read.at[slot]))
-        fill(i, ids, refs.pool[0], scratch.keys, scratch.keys_there)
+        # Scales of values with the keys, too: weights are scaled before values are waited for.
+        scales = tuple(zip(refs.scales, (scratch.key_scales, scratch.value_scales), strict=False))
+        fill(i, ids, refs.pool[0], scratch.keys, scratch.keys_there, scales)
         pl.when(reused)(lambda: wait_values_read(i - stages))
         fill(i, ids, refs.pool[1], scratch.values, scratch.values_there)
-
-        @pl.when(has_unseen_keys(shape, item, i))
-        def _() -> None:
-            plgpu.barrier_wait(scratch.values_there.at[slot])
-            clear_unseen_rows(shape, item, i, scratch.values.at[slot])
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(scratch.values_cleared.at[slot])
+        if not has_codes:  # which are never NaN
+            pl.when(has_unseen_keys(shape, item, i))(lambda: clear(i))
 
     # The last reads too: nothing is left to observe when the thread block ends.
     @pl.loop(jnp.maximum(item.steps - stages, 0), item.steps)
@@ -205,6 +240,9 @@ class _Half:
         # Its own item: the same keys, other queries. Without tokens it has position 0 and does no step.
         self.item = replace(whole, tile=whole.tile * HALVES + half, first_pos=first, last_pos=last)
         self.layout = plgpu.Layout.WGMMA
+        held = [self.scratch.keys, self.scratch.values, self.scratch.keys_there, self.scratch.values_there]
+        held += [self.scratch.key_scales, self.scratch.value_scales] * (shape.kind is not None)
+        self.ring = Ring(shape, refs, self.item, held)
 
     def attend(self) -> None:
         """Queries in, all steps, result out."""
@@ -257,6 +295,8 @@ class _Half:
     def _wait_values(self, step: Any) -> None:
         slot = _slot(self.shape, step)
         plgpu.barrier_wait(self.scratch.values_there.at[slot])
+        if self.shape.kind is not None:
+            return
         pl.when(has_unseen_keys(self.shape, self.copied, step))(
             lambda: plgpu.barrier_wait(self.scratch.values_cleared.at[slot])
         )
@@ -276,15 +316,19 @@ class _Half:
         acc, top, total = carry
         slot = _slot(shape, step)
         plgpu.barrier_wait(scratch.keys_there.at[slot])
+        numbers = None if scratch.numbers is None else scratch.numbers.at[self.half]
+        keys = to_multiply(self.ring, scratch.keys.at[slot], numbers, _words(shape))
 
         def product_with_keys(scores: Any) -> Any:
-            plgpu.wgmma(scores, scratch.queries.at[self.half], scratch.keys.at[slot].T)
+            plgpu.wgmma(scores, scratch.queries.at[self.half], keys.T)
             self._take_turn()
             return scores[...]
 
         extent = ROWS, shape.config.tile_kv
         scores = pl.run_scoped(product_with_keys, plgpu.WGMMAAccumulatorRef(extent, jnp.float32))
-        plgpu.barrier_arrive(scratch.keys_read.at[slot])
+        scores = self.ring.scaled_by_keys(step, scores, self.layout)
+        if shape.kind is None:
+            plgpu.barrier_arrive(scratch.keys_read.at[slot])
         if masked or shape.mods or shape.logit_soft_cap is not None:
             # Not before the product: there are no registers for them beside its operands.
             loaded = operands.at(first_key(shape, self.item, step))
@@ -297,13 +341,20 @@ class _Half:
             decay, top = jnp.exp2(top - new_top), new_top
         acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
         total = total * decay + weights.sum(axis=1)
-        packed = weights.astype(self.refs.q.dtype)
+        packed = self.ring.scaled_for_values(step, weights, self.layout).astype(self.refs.q.dtype)
         plgpu.barrier_arrive(scratch.turn)  # the softmax is done
         self._wait_values(step)
         plgpu.barrier_wait(scratch.turn)  # the tensor cores are free
         staging = [] if scratch.weights is None else [scratch.weights.at[self.half]]
-        acc = add_product(acc, packed, staging, scratch.values.at[slot])
-        plgpu.barrier_arrive(scratch.values_read.at[slot])
+        values = to_multiply(self.ring, scratch.values.at[slot], numbers, _words(shape))
+        if (
+            shape.kind is not None
+        ):  # all of the slot is read, the values' scales too, which came with the keys
+            plgpu.barrier_arrive(scratch.keys_read.at[slot])
+            plgpu.barrier_arrive(scratch.values_read.at[slot])
+        acc = add_product(acc, packed, staging, values)
+        if shape.kind is None:
+            plgpu.barrier_arrive(scratch.values_read.at[slot])
         return acc, top, total
 
     def _finish(self, acc: Any, top: Any, total: Any) -> None:

@@ -36,7 +36,7 @@ from jaxpaged.pallas_kernels.variant import AttentionVariant
 def attend_ragged(
     shape: TileShape,
     q: jax.Array,
-    pool: tuple[jax.Array, jax.Array],
+    pool: tuple[jax.Array, ...],
     base: jax.Array,
     batch: AttentionBatch,
     variant: AttentionVariant,
@@ -48,8 +48,8 @@ def attend_ragged(
 
     Args:
       shape: static sizes, of one half of a tile.
-      q: ``[T, Hq, D]``.
-      pool: keys and values, ``[L*N, Hkv, S, D]``.
+      q: ``[T, Hq, D]``; for a quantised pool with D as ``mosaic_codes.by_part`` has it, and so is the result's.
+      pool: keys and values, ``[L*N, Hkv, S, D]``, or the words of their codes and float32 ``[L*N, Hkv, S]`` scales.
       base: int32 ``[1]``, the layer's first block.
       batch: see ``AttentionBatch``.
       variant: what ``shape`` does not say of it: its sinks and its mask.
@@ -93,7 +93,7 @@ def attend_ragged(
         shape, row_sinks is not None, plan.key_tiles is not None, len(operands), split_budget >= 2, interpret
     )
     packed = pack_queries(q, by_half, num_kv_heads, ROWS)
-    arguments = (packed, *pool, base, batch.block_tables, plan.items, plan.num_items, *extra)
+    arguments = (packed, *pool[:2], base, batch.block_tables, plan.items, plan.num_items, *pool[2:], *extra)
     out, *parts = launch(*arguments, num_parts=split_budget, num_tokens=q.shape[0])
     if parts:
         partials, log_sums = parts
@@ -127,7 +127,7 @@ class _Launch:
     def __call__(self, *arguments: jax.Array, num_parts: int, num_tokens: int) -> list[jax.Array]:
         """The result, and if rows may be split partial results and their log-sums."""
         q, k, items = arguments[0], arguments[1], arguments[5]
-        num_kv_heads, head_dim = k.shape[1], k.shape[3]
+        num_kv_heads, head_dim = k.shape[1], q.shape[3]
         out_type = [jax.ShapeDtypeStruct((num_tokens, num_kv_heads, self.shape.group, head_dim), q.dtype)]
         if self.has_parts:
             rows = num_parts, num_kv_heads, HALVES, ROWS
@@ -153,6 +153,7 @@ class _Launch:
     def _body(self, names: list[str], num_outputs: int, *refs: Any) -> None:
         (q, k, v, base, tables, items, num_items), rest = refs[:7], list(refs[7:])
         take: Callable[[int], list[Any]] = lambda count: [rest.pop(0) for _ in range(count)]  # noqa: E731
+        scales = take(0 if self.shape.kind is None else 2)
         operands, sinks = take(self.num_operands), take(self.has_sinks)
         key_tiles, outputs = take(self.has_key_tiles), take(num_outputs)
         scratch = Scratch(**dict(zip(names, rest, strict=True)))
@@ -160,6 +161,8 @@ class _Launch:
         sink = sinks[0] if sinks else None
         mine = lax.axis_index("item")
         head = lax.axis_index("head")
-        found = PrefillRefs(q, (k, v), base, tables, sink, operands, out, partials, log_sums, scratch, head)
+        found = PrefillRefs(
+            q, (k, v), tuple(scales), base, tables, sink, operands, out, partials, log_sums, scratch, head
+        )
         listed = key_tiles[0] if key_tiles else None
         pl.when(mine < num_items[0])(lambda: attend_item(self.shape, found, read_item(items, mine, listed)))

@@ -8,7 +8,7 @@ where 64 bytes are too few for a warpgroup to copy, through registers.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxpaged.pallas_kernels.paged_attention.mosaic_codes import WORD, parts_of, unit_of
-from jaxpaged.pallas_kernels.paged_attention.mosaic_launch import KernelRefs
 from jaxpaged.pallas_kernels.paged_attention.mosaic_tile import Item, TileShape, block_ids, first_key_in_block
 
 # Without TMA: the next step's scales in registers, keys' first, and the blocks of the step after it.
@@ -60,10 +59,27 @@ def swizzle_for_cp_async(rows: int, width: int) -> int | None:
     return None
 
 
+class PoolRefs(Protocol):
+    """What a ring asks of a kernel's references; see ``mosaic_launch.KernelRefs``."""
+
+    @property
+    def q(self) -> Any: ...
+    @property
+    def pool(self) -> tuple[Any, Any]: ...
+    @property
+    def scales(self) -> tuple[Any, ...]: ...
+    @property
+    def base(self) -> Any: ...
+    @property
+    def tables(self) -> Any: ...
+    @property
+    def head(self) -> Any: ...
+
+
 class Ring:
     """Which copies are issued when, and how to wait for them; ``scratch`` begins with that of ``ring_scratch``."""
 
-    def __init__(self, shape: TileShape, refs: KernelRefs, item: Item, scratch: Sequence[Any]) -> None:
+    def __init__(self, shape: TileShape, refs: PoolRefs, item: Item, scratch: Sequence[Any]) -> None:
         self.shape, self.item, self.pool, self.head = shape, item, refs.pool, refs.head
         self.dtype = refs.q.dtype
         self.keys, self.values, *rest = scratch
@@ -79,7 +95,9 @@ class Ring:
     def issue(self, step: Any, ids: list[Any]) -> None:
         """Starts the copies of a step. Past the last one: none, or with cp.async, whose groups are counted, again."""
         if not self.shape.has_tma:
-            self._copy(jnp.minimum(step, self.item.steps - 1), self.slot(step), ids)
+            # An item without steps reads keys as well, and looks at none.
+            last = jnp.maximum(self.item.steps - 1, 0)
+            self._copy(jnp.minimum(step, last), self.slot(step), ids)
             return
 
         @pl.when(step < self.item.steps)

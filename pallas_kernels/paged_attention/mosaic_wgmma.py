@@ -116,7 +116,7 @@ def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
         slot = ring.slot(i)
         loaded = operands.at(first_key(shape, item, i))
         ring.wait_keys(i)
-        keys = _to_multiply(ring, ring.keys.at[slot], numbers)
+        keys = to_multiply(ring, ring.keys.at[slot], numbers)
 
         def product_with_keys(scores: Any) -> Any:
             plgpu.wgmma(scores, q_ref, keys.T)
@@ -137,7 +137,7 @@ def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
                 clear_unseen(shape, item, i, ring.values.at[slot], layout)
                 plgpu.commit_smem()
 
-        values = _to_multiply(ring, ring.values.at[slot], numbers)
+        values = to_multiply(ring, ring.values.at[slot], numbers)
         acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
         acc = add_product(acc, packed, weights_ref, values)
         plgpu.barrier_arrive(released.at[slot])
@@ -148,12 +148,12 @@ def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
     refs.store(item, [result], log_sum)
 
 
-def _to_multiply(ring: Ring, tile: Any, numbers: Any) -> Any:
+def to_multiply(ring: Ring, tile: Any, numbers: Any, words: int = _WORDS) -> Any:
     """A tile of keys or values where products can read it: where it is, or in ``numbers`` if it holds codes."""
     if numbers is None:
         return tile
     width = ring.shape.ring_width
-    some = math.gcd(width, _WORDS)
+    some = math.gcd(width, words)
     for first in range(0, width, some):
         parts = ring.operands(tile.at[:, pl.ds(first, some)], plgpu.Layout.WGMMA)
         for place, part in enumerate(parts):

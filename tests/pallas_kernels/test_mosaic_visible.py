@@ -87,4 +87,6 @@ def test_a_mask_that_hides_all_of_a_tile_leaves_an_item_without_keys() -> None:
     items = np.asarray(plan.items)[: int(plan.num_items[0])]
     hidden = items[:, mosaic_plan.ROW] == 1
     length = items[:, mosaic_plan.END] - items[:, mosaic_plan.BEGIN]
-    assert hidden.any() and (length[hidden] == 0).all() and (length[~hidden] > 0).all()
+    assert hidden.any()
+    assert (length[hidden] == 0).all()
+    assert (length[~hidden] > 0).all()
