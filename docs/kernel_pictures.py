@@ -127,19 +127,14 @@ def _zoom(ax: Any, top: Sequence[tuple[float, float]], bottom: Sequence[tuple[fl
         ax.plot([x0, x1], [y0, y1], color="black", linewidth=0.7, linestyle=":")
 
 
-def draw_layout(path: Path) -> None:
-    """The pool from all of it down to a byte."""
-    import matplotlib.pyplot as plt
-
-    figure, ax = plt.subplots(figsize=(10, 7.4))
-    ax.set(xlim=(0, 100), ylim=(0, 74))
-    ax.axis("off")
+def _write(ax: Any, x: float, y: float, text: str, **options: Any) -> None:
     plain = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    write = lambda x, y, text, **options: ax.text(  # noqa: E731
-        x, y, text, **{"fontsize": 9.5, "va": "center", "bbox": plain, **options}
-    )
+    ax.text(x, y, text, **{"fontsize": 9.5, "va": "center", "bbox": plain, **options})
 
-    write(
+
+def _draw_pool(ax: Any) -> None:
+    _write(
+        ax,
         0,
         72.5,
         "kv_pool.k (kv_pool.v is the same):  [L*N, Hkv, S, D],  here L = 2, N = 8, Hkv = 2, S = 16",
@@ -149,10 +144,11 @@ def draw_layout(path: Path) -> None:
         layer, block = divmod(entry, 8)
         color = GREY if block == 0 else ORANGE if entry == 15 else (BLUE, GREEN)[layer]
         _box(ax, 6.1 * entry, 63, 6.1, 5, color, str(entry), color="black" if block == 0 else "white")
-        write(6.1 * entry + 3.05, 61.2, str(block), ha="center", fontsize=8)
-    write(24, 69.6, "layer 0", ha="center")
-    write(73, 69.6, "layer 1", ha="center")
-    write(
+        _write(ax, 6.1 * entry + 3.05, 61.2, str(block), ha="center", fontsize=8)
+    _write(ax, 24, 69.6, "layer 0", ha="center")
+    _write(ax, 73, 69.6, "layer 1", ha="center")
+    _write(
+        ax,
         0,
         58.8,
         "above: entry of the array = layer * N + block;  below: block id as tables have it; 0 is the dummy",
@@ -160,7 +156,7 @@ def draw_layout(path: Path) -> None:
     )
 
     _zoom(ax, [(91.5, 63), (97.6, 63)], [(0, 54), (88, 54)])
-    write(0, 55.8, "entry 15: block 7 of layer 1", weight="bold")
+    _write(ax, 0, 55.8, "entry 15: block 7 of layer 1", weight="bold")
     for head in range(2):
         _box(
             ax,
@@ -172,33 +168,52 @@ def draw_layout(path: Path) -> None:
             f"kv head {head}:  [S, D], contiguous: a tile, one bulk copy",
             color="white",
         )
-    write(89, 50.7, "4 KiB each\nS=16, D=128,\nbfloat16", fontsize=8.5)
+    _write(ax, 89, 50.7, "4 KiB each\nS=16, D=128,\nbfloat16", fontsize=8.5)
 
+
+def _draw_tile(ax: Any) -> None:
     _zoom(ax, [(44, 47.5), (88, 47.5)], [(6, 42), (56, 42)])
-    write(6, 43.7, "a tile, and its scales if the pool is quantised", weight="bold")
+    _write(ax, 6, 43.7, "a tile, and its scales if the pool is quantised", weight="bold")
     for offset in range(16):
         used = offset < 8
         y = 40 - 1.75 * offset
         _box(ax, 6, y, 50, 1.75, RED if 5 <= offset < 8 else ORANGE if used else "white")
         _box(ax, 62, y, 7, 1.75, RED if 5 <= offset < 8 else ORANGE if used else "white")
-        write(5.3, y + 0.85, str(offset), fontsize=7, ha="right")
-    write(31, 12, "k: D elements of a token", ha="center")
-    write(65.5, 12, "k_scale: float32", ha="center")
-    write(71, 36, "offsets 0-4: positions 32-36,\ncached before", fontsize=8.5)
-    write(
+        _write(ax, 5.3, y + 0.85, str(offset), fontsize=7, ha="right")
+    _write(ax, 31, 12, "k: D elements of a token", ha="center")
+    _write(ax, 65.5, 12, "k_scale: float32", ha="center")
+    _write(ax, 71, 36, "offsets 0-4: positions 32-36,\ncached before", fontsize=8.5)
+    _write(
+        ax,
         71,
         29.6,
         "offsets 5-7: positions 37-39,\nwritten by this step;\nslots 7 * 16 + 5 to + 7",
         fontsize=8.5,
         color=RED,
     )
-    write(71, 20, "offsets 8-15: of nobody yet;\nmay hold anything, NaN\nincluded", fontsize=8.5)
+    _write(ax, 71, 20, "offsets 8-15: of nobody yet;\nmay hold anything, NaN\nincluded", fontsize=8.5)
 
-    write(0, 7.8, "int4: D / 2 bytes a token, byte j has elements j (low) and j + D/2 (high)", weight="bold")
+
+def _draw_bytes(ax: Any) -> None:
+    _write(
+        ax, 0, 7.8, "int4: D / 2 bytes a token, byte j has elements j (low) and j + D/2 (high)", weight="bold"
+    )
     for j in range(4):
         _box(ax, 24 * j, 1.5, 12, 4.5, BLUE, f"{j} + D/2", color="white")
         _box(ax, 24 * j + 12, 1.5, 12, 4.5, ORANGE, f"{j}", color="white")
-        write(24 * j + 12, 0.2, f"byte {j}", ha="center", fontsize=8)
+        _write(ax, 24 * j + 12, 0.2, f"byte {j}", ha="center", fontsize=8)
+
+
+def draw_layout(path: Path) -> None:
+    """The pool from all of it down to a byte."""
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(10, 7.4))
+    ax.set(xlim=(0, 100), ylim=(0, 74))
+    ax.axis("off")
+    _draw_pool(ax)
+    _draw_tile(ax)
+    _draw_bytes(ax)
     figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
 
 
@@ -236,16 +251,9 @@ def _draw_prefill(ax: Any) -> None:
         y = [prompt(int(count), 8192, group).intensity for count in tokens]
         ax.plot(tokens, y, color=color, label=f"G = {group}: from {crossing(group)} tokens on")
     ax.axhline(BALANCE, color="black", linestyle=":", linewidth=0.8)
-    ax.text(0.9, BALANCE * 1.12, f"balance: {BALANCE:.0f}; bound by products above it", fontsize=8)
+    ax.text(0.9, BALANCE * 1.12, f"balance: {BALANCE:.0f}", fontsize=8)
     ax.axhline(128, color=RED, linestyle="--", linewidth=0.8)
-    ax.text(
-        4000,
-        128 * 0.8,
-        "a tile of 128 rows that shares no read with another",
-        fontsize=8,
-        ha="right",
-        color=RED,
-    )
+    ax.text(0.9, 128 * 0.72, "a tile of 128 rows by itself", fontsize=8, color=RED)
     ax.set(xscale="log", yscale="log", xlabel="query tokens of a row, 8192 cached", ylabel="FLOP for a byte")
     ax.legend(fontsize=8, loc="lower right")
     ax.set_title("Where prefill crosses over, each key read once\n(computed, not measured)", fontsize=10)
