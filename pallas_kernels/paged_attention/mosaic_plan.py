@@ -114,30 +114,23 @@ def make_plan(
       The plan; ``W`` is ``P + split_budget``, or ``P`` times the splits of a full table if deterministic.
     """
     tiles = _cut_queries(batch, tile_q, in_place)
-    begin = jnp.zeros_like(tiles.first_pos)
-    if sliding_window is not None:
-        begin = jnp.maximum(tiles.first_pos - sliding_window + 1, 0) // tile_kv
-    end, key_tiles = jnp.maximum(tiles.last_pos // tile_kv + 1, begin), None
+    begin, end = _seen_by_position(tiles, tile_kv, sliding_window)
+    key_tiles = None
     if mask_mod is not None and not deterministic:
         queries = QueryTiles(tiles.row, tiles.first_pos, tiles.size, begin, jnp.where(tiles.real, end, begin))
         key_tiles, end = visible_key_tiles(
             mask_mod, queries, tile_q=tile_q, tile_kv=tile_kv, num_heads=num_heads, max_len=max_len
         )
         begin = jnp.zeros_like(begin)
-    cuts = _Cuts(begin, end, tiles.real)
+    cuts, num_items = _Cuts(begin, end, tiles.real), len(begin) + split_budget
     if deterministic:
         num_items = len(begin) * max(1, -(-max_len // DETERMINISTIC_SPLIT))
         cuts.cut_at_multiples(max(1, DETERMINISTIC_SPLIT // tile_kv))
     else:
-        num_items = len(begin) + split_budget
         cuts.cut_evenly(split_budget)
     items, is_split, first_part = _items(tiles, cuts, num_items)
     if in_place:
-        items = items[
-            _descending(
-                jnp.where(jnp.arange(num_items) < cuts.counts.sum(), items[:, END] - items[:, BEGIN], -1)
-            )
-        ]
+        items = _longest_first(items, cuts.counts.sum())
     member = jnp.arange(tile_q, dtype=jnp.int32)[None, :]
     place = jnp.arange(len(batch.rows), dtype=jnp.int32) - batch.query_start_loc[batch.rows]
     is_token = jnp.arange(len(batch.rows)) < batch.query_start_loc[-1]
@@ -185,6 +178,14 @@ def _cut_queries(batch: AttentionBatch, tile_q: int, in_place: bool) -> _Tiles:
     )
 
 
+def _seen_by_position(tiles: _Tiles, tile_kv: int, sliding_window: int | None) -> tuple[jax.Array, jax.Array]:
+    """The first tile of keys that is neither before the window nor after the queries, and the one after the last."""
+    begin = jnp.zeros_like(tiles.first_pos)
+    if sliding_window is not None:
+        begin = jnp.maximum(tiles.first_pos - sliding_window + 1, 0) // tile_kv
+    return begin, jnp.maximum(tiles.last_pos // tile_kv + 1, begin)
+
+
 def _items(tiles: _Tiles, cuts: "_Cuts", num_items: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``WorkPlan.items`` in the order of tiles, which tiles have several, and the first partial result of these."""
     item_starts = _exclusive_sum(cuts.counts)
@@ -213,6 +214,12 @@ def _split_tiles(is_split: jax.Array, columns: list[jax.Array], bound: int) -> j
     place = jnp.where(is_split, _exclusive_sum(is_split.astype(jnp.int32)), bound)
     lines = jnp.stack(columns, axis=1).astype(jnp.int32)
     return jnp.zeros((bound, len(columns)), jnp.int32).at[place].set(lines, mode="drop")
+
+
+def _longest_first(items: jax.Array, num_items: jax.Array) -> jax.Array:
+    """Items in the order of how many keys they have; those past ``num_items`` stay behind."""
+    length = items[:, END] - items[:, BEGIN]
+    return items[_descending(jnp.where(jnp.arange(len(items)) < num_items, length, -1))]
 
 
 def _descending(keys: jax.Array) -> jax.Array:
