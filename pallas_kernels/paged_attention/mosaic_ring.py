@@ -8,7 +8,7 @@ where 64 bytes are too few for a warpgroup to copy, through registers.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,7 @@ def swizzle_for_cp_async(rows: int, width: int) -> int | None:
     return None
 
 
+@runtime_checkable
 class PoolRefs(Protocol):
     """What a ring asks of a kernel's references; see ``mosaic_launch.KernelRefs``."""
 
