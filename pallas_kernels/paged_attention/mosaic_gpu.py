@@ -135,6 +135,8 @@ def unsupported_reason(
         needed = shared_memory(config, tile_m, kv_pool.head_dim, kind)
         if needed > target.smem_bytes:
             return f"{config} needs {needed} bytes of shared memory, {target.kind} has {target.smem_bytes}"
+        if config.form == "prefill" and deterministic:
+            return "config.form='prefill' splits rows as the batch lets it, which deterministic=True forbids"
         if config.form == "prefill" and kind is not None and kv_pool.head_dim > _PREFILL_OF_CODES:
             return f"config.form='prefill' takes {kind.name} up to head_dim={_PREFILL_OF_CODES}: {kv_pool.head_dim}"
         if config.form == "prefill" and q.shape[1] // kv_pool.k.shape[1] * q.shape[2] % 64:

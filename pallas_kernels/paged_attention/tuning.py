@@ -83,6 +83,8 @@ def config_for(
         )
     measured = [e for e in _measured(_slug(target.kind)) if e["dtype"] == jnp.dtype(dtype).name]
     same = [e for e in measured if e["head_dim"] == shape.head_dim and e["block_size"] == shape.block_size]
+    if deterministic:
+        same = [e for e in same if e["config"]["form"] != "prefill"]
     if same:
         return MosaicConfig(**min(same, key=lambda e: _distance(e, shape))["config"])
     return _rule(target, shape)

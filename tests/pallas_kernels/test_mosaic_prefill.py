@@ -141,3 +141,10 @@ def test_a_row_that_sees_nothing_is_zero_or_what_its_sink_leaves() -> None:
 def test_what_is_refused(case: Case, target: GpuTarget, words: str) -> None:
     with pytest.raises(NotImplementedError, match=words):
         attend_interpreted(case, make_inputs(case, dtype=jnp.dtype("bfloat16")), PREFILL, target=target)
+
+
+def test_no_promise_of_the_same_bits_in_every_batch() -> None:
+    case = Case("a", _ROWS)
+    inputs = make_inputs(case, dtype=jnp.dtype("bfloat16"))
+    with pytest.raises(NotImplementedError, match="which deterministic=True forbids"):
+        attend_interpreted(case, inputs, PREFILL, deterministic=True)

@@ -47,6 +47,13 @@ def test_the_nearest_measured_shape_wins(measured: Path) -> None:
     assert config_for(H200, shape(), jnp.bfloat16, deterministic=True) == few, "chosen as for one row"
 
 
+def test_what_splits_rows_as_it_likes_is_not_for_deterministic_calls(measured: Path) -> None:
+    prefill = MosaicConfig("prefill", 64, 2, 1, 128)
+    write(measured, [entry(prefill, num_rows=1, num_tokens=2048)])
+    assert config_for(H200, shape(), jnp.bfloat16) == prefill
+    assert config_for(H200, shape(), jnp.bfloat16, deterministic=True).form == "mma"
+
+
 @pytest.mark.parametrize("other", [{"head_dim": 64}, {"block_size": 32}])
 def test_what_was_measured_for_another_layout_does_not_count(measured: Path, other: dict[str, int]) -> None:
     odd = MosaicConfig(stages=6, tile_kv=32, ctas_per_sm=8)
