@@ -1,4 +1,4 @@
-"""The attention kernel on a GPU, in either form, as the tests of this folder call it."""
+"""The attention kernel on a GPU, in every form, as the tests of this folder call it."""
 
 from functools import cache
 from typing import Any
@@ -21,7 +21,9 @@ CONFIGS: dict[str, MosaicConfig | None] = {
     "chosen": None,
     "mma": MosaicConfig("mma", tile_kv=64, stages=2, ctas_per_sm=2),
     "wgmma": MosaicConfig("wgmma", tile_kv=64, stages=2, ctas_per_sm=2, tile_m=64),
+    "prefill": MosaicConfig("prefill", tile_kv=64, stages=2, ctas_per_sm=1, tile_m=128),
 }
+DETERMINISTIC_FORMS = ("chosen", "mma", "wgmma")
 SUPPORTED_CASES = [case for case in CASES if case.block_size >= 16]
 
 
@@ -29,13 +31,13 @@ def forms() -> list[str]:
     """The forms of the kernel that this GPU runs."""
     target = gpu_target()
     assert target is not None, "run with --gpu on a machine that has one"
-    return ["mma", "wgmma"] if target.has_wgmma else ["mma"]
+    return ["mma", "wgmma", "prefill"] if target.has_wgmma else ["mma"]
 
 
 def require(form: str) -> None:
     """Skips where the GPU cannot run a form of the kernel."""
-    if form == "wgmma" and form not in forms():
-        pytest.skip("wgmma is Hopper's")
+    if form in ("wgmma", "prefill") and form not in forms():
+        pytest.skip(f"{form} is Hopper's")
 
 
 @cache

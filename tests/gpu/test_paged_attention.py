@@ -1,4 +1,4 @@
-"""The attention kernel on a GPU: every case, both low precisions, both forms, against float64.
+"""The attention kernel on a GPU: every case, both low precisions, all forms, against float64.
 
 The rule of the whole suite: the error is at most twice that of the plain reference in the same precision.
 """
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpaged.pallas_kernels import AttentionBatch, KVPool
+from jaxpaged.pallas_kernels import AttentionBatch, AttentionVariant, KVPool
 from jaxpaged.pallas_kernels.paged_attention.cases import CASES, Case, make_inputs
-from tests.gpu.kernel import CONFIGS, SUPPORTED_CASES, Inputs, attend, forms, require
+from tests.gpu.kernel import CONFIGS, DETERMINISTIC_FORMS, SUPPORTED_CASES, Inputs, attend, forms, require
 from tests.pallas_kernels import oracle
 from tests.pallas_kernels.oracle import one_row, softmax_attention
 
@@ -53,7 +53,7 @@ def test_every_case_in_every_form_whatever_unused_slots_hold(case: Case, dtype: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", ["mma", "wgmma"])
+@pytest.mark.parametrize("form", ["mma", "wgmma", "prefill"])
 def test_random_numbers_again_and_again(form: str, dtype: str) -> None:
     """A race or a missed wait shows on some runs only. Results of one input are the same every time."""
     require(form)
@@ -79,6 +79,51 @@ def test_rows_of_very_different_length() -> None:
     check(["chosen", *forms()], case, make_inputs(case, dtype=jnp.dtype("bfloat16")))
 
 
+def random_rows(seed: int, tokens: int) -> tuple[tuple[int, int], ...]:
+    """Rows that decode, chunks and whole prompts of random lengths, ``tokens`` queries in all."""
+    rng, rows = np.random.default_rng(seed), []
+    while tokens > 0:
+        new = min(tokens, int(rng.choice([1, 1, 1, rng.integers(2, 40), rng.integers(60, 300)])))
+        rows.append((int(rng.choice([0, rng.integers(0, 130), rng.integers(0, 800)])), new))
+        tokens -= new
+    return tuple(rows)
+
+
+# Groups that fill a tile and that do not, every width, large and small blocks.
+SHAPES = (
+    (8, 2, 128, 16),
+    (6, 2, 64, 32),
+    (14, 2, 128, 64),
+    (4, 4, 192, 16),
+    (4, 1, 256, 128),
+    (4, 2, 96, 16),
+)
+
+
+@pytest.mark.parametrize("seed", range(len(SHAPES)))
+def test_large_batches_of_random_rows(seed: int) -> None:
+    """In all forms and in that which is chosen; with a window on some and sinks on others.
+
+    No larger: the reference gathers a row's table for each of its tokens.
+    """
+    num_heads, num_kv_heads, head_dim, block_size = SHAPES[seed]
+    variant = [AttentionVariant(), AttentionVariant(sliding_window=300)][seed % 2]
+    if seed % 3 == 2:
+        variant = AttentionVariant(sliding_window=500, sinks=jnp.linspace(-1.0, 3.0, num_heads))
+    case = Case(
+        "random",
+        random_rows(seed, 500),
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        block_size,
+        150,
+        3,
+        variant=variant,
+    )
+    check(["chosen", *forms()], case, make_inputs(case, seed, dtype=jnp.dtype("bfloat16")))
+
+
 @pytest.mark.parametrize("case", SUPPORTED_CASES, ids=by_name)
 def test_plain_jax_is_right_on_this_device(case: Case) -> None:
     """``xla`` is what the kernel is compared with in benchmarks."""
@@ -88,7 +133,7 @@ def test_plain_jax_is_right_on_this_device(case: Case) -> None:
     assert np.abs(out[: len(exact)] - exact).max() <= allowed
 
 
-@pytest.mark.parametrize("form", CONFIGS)
+@pytest.mark.parametrize("form", DETERMINISTIC_FORMS)
 @pytest.mark.parametrize("name", ["plain", "sliding_window", "sinks", "alibi"])
 def test_deterministic_rows_have_the_same_bits_in_every_batch(form: str, name: str) -> None:
     require(form)
