@@ -51,7 +51,7 @@ BLOCK_SIZES = (16, 32, 64, 128)
 MAX_GROUP = 64
 
 # The widest heads of a quantised pool for which the prefill kernel has registers.
-_PREFILL_OF_CODES = 192
+_PREFILL_OF_CODES = 128
 
 # Barriers, and what the compiler reserves to reduce across warps.
 _SCRATCH = 4096

@@ -154,7 +154,8 @@ def paged_attention_of(form: str, deterministic: bool) -> Callable[..., jax.Arra
     def attend(
         q: jax.Array, kv_pool: KVPool, layer: int, batch: AttentionBatch, variant: AttentionVariant
     ) -> jax.Array:
-        config = None if form == "auto" else config_in_form(form, q, kv_pool, batch)
+        # Batches of many query tokens a row come to the prefill form by themselves, in sizes that depend on the variant.
+        config = None if form in ("auto", "prefill") else config_in_form(form, q, kv_pool, batch)
         return mosaic(q, kv_pool, layer, batch, variant, deterministic=deterministic, config=config)
 
     return attend
@@ -176,8 +177,6 @@ def config_in_form(form: str, q: jax.Array, kv_pool: KVPool, batch: AttentionBat
         return config
     if form == "wgmma":
         return MosaicConfig(form="wgmma", tile_kv=64, stages=2, ctas_per_sm=1, tile_m=64)
-    if form == "prefill":
-        return MosaicConfig(form="prefill", tile_kv=64, stages=2, ctas_per_sm=1, tile_m=128)
     return MosaicConfig(form="mma", tile_kv=32, stages=2, ctas_per_sm=1, tile_m=16)
 
 
@@ -209,14 +208,17 @@ def each_value_once(shift: int, axes: dict[str, tuple[Any, ...]] = AXES) -> list
     ]
 
 
-# Hopper is what the kernels are tuned for: every two settings meet there, in both forms. Of the others each sees every
-# setting, and different combinations of them.
+# Hopper is what the kernels are tuned for: every two settings meet there in the portable form, and each is met in the
+# others. Of the other GPUs each sees every setting, and different combinations of them.
 _PAIRS = pairwise(AXES)
 _OTHERS = [target for target in ALL_TARGETS if target != "h200"]
 
 
 def _decode_cases() -> list[CompileCase]:
-    cases = [_decode(form, settings, ("h200",)) for form in ("mma", "wgmma") for settings in _PAIRS]
+    cases = [_decode("mma", settings, ("h200",)) for settings in _PAIRS]
+    cases += [
+        _decode("wgmma", settings, ("h200",)) for shift in (0, 3) for settings in each_value_once(shift)
+    ]
     seen = {case.name: case for case in cases}
     for shift, target in enumerate(_OTHERS):
         for settings in each_value_once(shift):
@@ -239,13 +241,14 @@ _QUANTISED_SIZES: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def _quantised_cases() -> list[CompileCase]:
-    """Every format on every GPU in the portable form, and on Hopper both forms and other sizes."""
+    """Every format on every GPU in the portable form, and on Hopper all forms and other sizes."""
     cases = []
     for kind, sizes in _QUANTISED_SIZES.items():
         cases.append(_special("mma", ALL_TARGETS, "decode", kv=kind))
-        cases.append(_special("wgmma", ("h200",), "mixed", kv=kind))
-        for form in ("mma", "wgmma"):
-            cases += [_special(form, ("h200",), "decode", kv=kind, **size) for size in sizes]
+        cases += [_special(form, ("h200",), "mixed", kv=kind) for form in ("wgmma", "prefill")]
+        cases += [_special("mma", ("h200",), "decode", kv=kind, **size) for size in sizes]
+        cases.append(_special("wgmma", ("h200",), "mixed", kv=kind, head_dim=256))
+        cases.append(_special("prefill", ("h200",), "mixed", kv=kind, variant="window"))
     # Partial results are as large as ever, the pool is a half or a quarter.
     return [replace(case, expects=replace(case.expects, max_temp_share=1 / 4)) for case in cases]
 

@@ -4,7 +4,14 @@ Building is lazy: a case is built in the process that compiles it, and one that 
 ``UnavailableError``.
 """
 
-from tests.gpu_compile import attention_cases, engine_cases, fused_cases, gradient_cases, planted_cases, pool_cases
+from tests.gpu_compile import (
+    attention_cases,
+    engine_cases,
+    fused_cases,
+    gradient_cases,
+    planted_cases,
+    pool_cases,
+)
 from tests.gpu_compile.case import CompileCase
 
 
