@@ -1,7 +1,7 @@
 """Attention variants: what may change between query, key and softmax, for every implementation alike.
 
 A variant is data plus two scalar JAX functions. Every implementation traces the same two functions into
-its inner loop, so ALiBi, soft-capping, prefix-LM or tree masks are a few lines and never a kernel fork::
+its inner loop, so ALiBi, soft-capping, document or tree masks are a few lines and never a kernel fork::
 
     slopes = jnp.exp2(-8.0 * (jnp.arange(num_heads) + 1) / num_heads)
     alibi = AttentionVariant(score_mod=lambda score, row, head, q_pos, kv_pos:
