@@ -4,7 +4,7 @@
 #   make test      the whole test suite
 #   make check     formatting, lint, types, tests
 #   make gpu-test  the kernels' and the engine's tests on a GPU; says so where there is none
-#   make gpu-bench the bandwidth table of paged attention on a GPU, beside its peers
+#   make gpu-bench the tables of paged attention on a GPU, of decoding and of prompts, beside its peers
 #   make gpu-compile-test    compiles the GPU kernels for six GPUs, none of which is needed (1.3 GB of wheels)
 #   make client-test         clients of OpenAI's API against the server, each in its environment (3.5 GB in .cache)
 #
@@ -28,6 +28,7 @@ GPU_PYTHON =
 GPU_RUN = $(or $(GPU_PYTHON),$(PY)) scripts/from_checkout.py
 GPU_READY = $(if $(GPU_PYTHON),,$(READY))
 GPU_BENCH_ARGS = --quick
+GPU_PREFILL_ARGS = --quick
 CLIENTS =
 SOURCES := jaxpaged models pallas_kernels serve tests benchmarks notebooks scripts setup.py
 CHECKED = $(wildcard $(SOURCES))
@@ -58,6 +59,7 @@ gpu-test: $(GPU_READY)
 gpu-bench: $(GPU_READY)
 	@$(GPU_RUN) benchmarks.gpu.device
 	$(GPU_RUN) benchmarks.gpu.paged_attention $(GPU_BENCH_ARGS)
+	$(GPU_RUN) benchmarks.gpu.prefill $(GPU_PREFILL_ARGS)
 
 # One process: the tests compile for several GPUs, on all cores, by themselves.
 gpu-compile-test:

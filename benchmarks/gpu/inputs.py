@@ -10,6 +10,8 @@ which with s**2 = 0.3 * n settles at r = 0.7.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -104,6 +106,21 @@ def paged_sets(point: Point, num_sets: int, *, dummy: bool = True) -> tuple[list
         slots=jnp.asarray(slots + last % point.block_size),
     )
     return pools, batch
+
+
+def with_queries(point: Point, batch: AttentionBatch, queries: Sequence[int]) -> AttentionBatch:
+    """The batch of ``paged_sets`` with ``queries[row]`` query tokens at the end of each row; its slots are zeros."""
+    counts = np.asarray(queries, np.int32)
+    rows = np.repeat(np.arange(point.batch, dtype=np.int32), counts)
+    starts = np.concatenate([np.zeros(1, np.int32), np.cumsum(counts, dtype=np.int32)])
+    first = np.asarray(point.lengths, np.int32) - counts - starts[:-1]
+    return replace(
+        batch,
+        query_start_loc=jnp.asarray(starts),
+        rows=jnp.asarray(rows),
+        positions=jnp.asarray(first[rows] + np.arange(len(rows), dtype=np.int32)),
+        slots=jnp.zeros(len(rows), jnp.int32),
+    )
 
 
 Sets = list[tuple[jax.Array, jax.Array]]

@@ -36,8 +36,8 @@ from benchmarks.gpu.timing import Step, compiled_program
 from jaxpaged.pallas_kernels.paged_attention.tuning import CallShape, MosaicConfig, table_name
 
 PACKAGE = Path(__file__).resolve().parents[2] / "pallas_kernels" / "paged_attention"
-FORMS = ("mma", "wgmma")
-TILES = {"mma": (32, 64, 128), "wgmma": (64, 128)}
+FORMS = ("mma", "wgmma", "prefill")  # the last for many query tokens only
+TILES = {"mma": (32, 64, 128), "wgmma": (64, 128), "prefill": (64, 128)}
 STAGES = (2, 3, 4)
 CTAS_PER_SM = (1, 2, 3, 4)
 FIRST_CTAS = 2
@@ -80,15 +80,18 @@ def shapes(block_sizes: Sequence[int], heads: Sequence[tuple[int, int]], kind: s
 
 def first_round(form: Any, queries: int) -> list[MosaicConfig]:
     """Every tile size with every number of stages."""
-    tiles_m = (64,) if form == "wgmma" else (32, 64) if queries > 1 else (16,)
+    if form == "prefill" and queries == 1:
+        return []
+    tiles_m = {"mma": (32, 64) if queries > 1 else (16,), "wgmma": (64,), "prefill": (128,)}[form]
     ctas = 1 if queries > 1 else FIRST_CTAS
     product = itertools.product(TILES[form], STAGES, tiles_m)
     return [MosaicConfig(form, tile_kv, stages, ctas, tile_m) for tile_kv, stages, tile_m in product]
 
 
 def second_round(best: Sequence[MosaicConfig]) -> list[MosaicConfig]:
-    """The best of the first, with other numbers of thread blocks."""
-    others = ((config, ctas) for config in best for ctas in CTAS_PER_SM if ctas != config.ctas_per_sm)
+    """The best of the first, with other numbers of thread blocks; of prefill there is one, always."""
+    several = [config for config in best if config.form != "prefill"]
+    others = ((config, ctas) for config in several for ctas in CTAS_PER_SM if ctas != config.ctas_per_sm)
     return [replace(config, ctas_per_sm=ctas) for config, ctas in others]
 
 
@@ -97,18 +100,8 @@ def prepare_inputs(shape: Shape, setting: Setting) -> tuple[jax.Array, Any, Any]
     pools, batch = inputs.paged_sets(shape.point, setting.num_sets(shape.point.kv_bytes))
     if shape.queries == 1:
         return inputs.queries(shape.point), pools, batch
-    rows = np.repeat(np.arange(shape.point.batch, dtype=np.int32), shape.queries)
-    ends = np.asarray(shape.point.lengths, np.int32)[:, None]
-    positions = (ends - shape.queries + np.arange(shape.queries, dtype=np.int32)).reshape(-1)
-    starts = np.arange(shape.point.batch + 1, dtype=np.int32) * shape.queries
-    batch = replace(
-        batch,
-        query_start_loc=jnp.asarray(starts),
-        rows=jnp.asarray(rows),
-        positions=jnp.asarray(positions),
-        slots=jnp.zeros(len(rows), jnp.int32),
-    )
-    q = jax.random.normal(jax.random.key(2), (len(rows), shape.point.num_heads, shape.point.head_dim))
+    batch = inputs.with_queries(shape.point, batch, [shape.queries] * shape.point.batch)
+    q = jax.random.normal(jax.random.key(2), (len(batch.rows), shape.point.num_heads, shape.point.head_dim))
     return (0.7 * q).astype(inputs.DTYPE), pools, batch
 
 

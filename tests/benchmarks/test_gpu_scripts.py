@@ -87,8 +87,11 @@ def test_every_configuration_of_a_sweep_is_a_valid_one() -> None:
     for form in tune_paged_attention.FORMS:
         for queries in (1, 64):
             first = tune_paged_attention.first_round(form, queries)
-            assert len(set(first)) == len(first) >= 6
             second = tune_paged_attention.second_round(first[:2])
+            if form == "prefill":
+                assert (len(first), len(second)) == (6 if queries > 1 else 0, 0)
+                continue
+            assert len(set(first)) == len(first) >= 6
             assert len({*first, *second}) == len(first) + 6
 
 
