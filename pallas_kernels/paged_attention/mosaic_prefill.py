@@ -20,7 +20,6 @@ Numerics as in ``mosaic_mma``. Method: FlashAttention-3 (arXiv:2407.08608), its 
 barriers of JAX's ``jax/experimental/pallas/ops/gpu/attention_mgpu.py``.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,7 +53,7 @@ HALVES = 2
 ROWS = 64
 _COPY = HALVES  # the warpgroup after those that compute
 # Registers of a thread: together no more than the launch's 168 of each ("setmaxnreg", PTX ISA), so that all three
-# warpgroups find theirs; without spilling at any head dimension.
+# warpgroups find theirs. Nothing spills at any head dimension, nor with codes up to 128.
 _COPY_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 # Of a quantised pool, whose scales have addresses of their own.
 _COPY_REGISTERS_OF_CODES, _COMPUTE_REGISTERS_OF_CODES = 56, 224
@@ -159,11 +158,6 @@ def attend_item(shape: TileShape, refs: PrefillRefs, item: Item) -> None:
         _Half(shape, refs, item, copied, warpgroup).attend()
 
 
-def _words(shape: TileShape) -> int:
-    """Columns of words that become numbers at a time: fewer where the result has most of the registers."""
-    return math.gcd(shape.ring_width, 64 if shape.head_dim <= 128 else 32)
-
-
 def _slot(shape: TileShape, step: Any) -> Any:
     return lax.rem(step, jnp.int32(shape.config.stages))
 
@@ -237,7 +231,7 @@ class _Half:
         last = jnp.minimum(first + (shape.tile_q - 1), whole.last_pos)
         self.num_tokens = jnp.maximum(last - first + 1, 0)
         self.token = whole.token + first_token
-        # Its own item: the same keys, other queries. Without tokens it has position 0 and does no step.
+        # Its own item: the same keys, other queries. Without tokens it does no step.
         self.item = replace(whole, tile=whole.tile * HALVES + half, first_pos=first, last_pos=last)
         self.layout = plgpu.Layout.WGMMA
         held = [self.scratch.keys, self.scratch.values, self.scratch.keys_there, self.scratch.values_there]
@@ -317,7 +311,7 @@ class _Half:
         slot = _slot(shape, step)
         plgpu.barrier_wait(scratch.keys_there.at[slot])
         numbers = None if scratch.numbers is None else scratch.numbers.at[self.half]
-        keys = to_multiply(self.ring, scratch.keys.at[slot], numbers, _words(shape))
+        keys = to_multiply(self.ring, scratch.keys.at[slot], numbers)
 
         def product_with_keys(scores: Any) -> Any:
             plgpu.wgmma(scores, scratch.queries.at[self.half], keys.T)
@@ -346,10 +340,9 @@ class _Half:
         self._wait_values(step)
         plgpu.barrier_wait(scratch.turn)  # the tensor cores are free
         staging = [] if scratch.weights is None else [scratch.weights.at[self.half]]
-        values = to_multiply(self.ring, scratch.values.at[slot], numbers, _words(shape))
-        if (
-            shape.kind is not None
-        ):  # all of the slot is read, the values' scales too, which came with the keys
+        values = to_multiply(self.ring, scratch.values.at[slot], numbers)
+        if shape.kind is not None:
+            # All of the slot is read, the values' scales too, which came with the keys.
             plgpu.barrier_arrive(scratch.keys_read.at[slot])
             plgpu.barrier_arrive(scratch.values_read.at[slot])
         acc = add_product(acc, packed, staging, values)

@@ -148,12 +148,12 @@ def _attend(shape: TileShape, refs: KernelRefs, item: Item) -> None:
     refs.store(item, [result], log_sum)
 
 
-def to_multiply(ring: Ring, tile: Any, numbers: Any, words: int = _WORDS) -> Any:
+def to_multiply(ring: Ring, tile: Any, numbers: Any) -> Any:
     """A tile of keys or values where products can read it: where it is, or in ``numbers`` if it holds codes."""
     if numbers is None:
         return tile
     width = ring.shape.ring_width
-    some = math.gcd(width, words)
+    some = math.gcd(width, _WORDS)
     for first in range(0, width, some):
         parts = ring.operands(tile.at[:, pl.ds(first, some)], plgpu.Layout.WGMMA)
         for place, part in enumerate(parts):
