@@ -12,6 +12,7 @@ from jaxpaged.assembly import GPU_ROW_TILE
 from jaxpaged.batch import PackedLayout
 from jaxpaged.kv_layout import KVLayout
 from jaxpaged.models import Decoder, ModelConfig, split_parameters
+from jaxpaged.pallas_kernels import KVPool, MixedKVPool
 from jaxpaged.pallas_kernels.paged_attention.api import IMPLEMENTATIONS
 from jaxpaged.program import DeviceState, Programs
 from jaxpaged.sampler import init_sampler_state
@@ -44,6 +45,7 @@ def step_program(
     *,
     windows: tuple[int | None, ...] = MODEL.sliding_windows,
     deterministic: bool = False,
+    kv_dtypes: tuple[str, ...] | None = None,
 ) -> Program:
     """One step of a bucket, or several decode steps in one program, with the engine's state donated.
 
@@ -53,6 +55,7 @@ def step_program(
       num_steps: decode steps.
       windows: sliding windows of the layers.
       deterministic: as of the engine.
+      kv_dtypes: format of the KV cache of each layer; bfloat16 if None.
     """
     if attention not in IMPLEMENTATIONS:
         raise UnavailableError(f"paged_attention has no implementation {attention!r} yet")
@@ -64,7 +67,10 @@ def step_program(
     row_tile = GPU_ROW_TILE if deterministic else None
     programs = Programs(merge, groups, None, attention, 20, "raw_logprobs", row_tile)
     sampler = jax.eval_shape(lambda: init_sampler_state(MAX_NUM_SEQS + 1, MODEL.vocab_size))
-    pool = pool_shape(block_size=BLOCK_SIZE, num_layers=groups.layers_per_block)
+    pool: KVPool | MixedKVPool = pool_shape(block_size=BLOCK_SIZE, num_layers=groups.layers_per_block)
+    if kv_dtypes is not None:
+        sizes = {"num_blocks": pool.num_blocks, "num_kv_heads": 8, "block_size": BLOCK_SIZE, "head_dim": 128}
+        pool = jax.eval_shape(partial(MixedKVPool.zeros, dtypes=kv_dtypes, **sizes))
     state = DeviceState(pool, sampler, int32(MAX_NUM_SEQS + 1))
     layout = PackedLayout(num_tokens, min(num_tokens, MAX_NUM_SEQS), MAX_LEN // BLOCK_SIZE, groups.num_groups)
     function: Any = partial(programs.step, layout=layout)
@@ -82,6 +88,13 @@ CASES = (
     CompileCase("step-xla-decode", partial(step_program, "xla", 64), ("h200",), XLA),
     CompileCase("step-mosaic-decode", partial(step_program, "mosaic_gpu", 64), ("h200", "a100"), MOSAIC),
     CompileCase("step-mosaic-mixed", partial(step_program, "mosaic_gpu", 512), ("h200",), MOSAIC),
+    CompileCase(
+        "step-mosaic-codes",
+        partial(step_program, "mosaic_gpu", 512, kv_dtypes=("int8", "int4")),
+        ("h200",),
+        # Temporaries are as large as ever, the pool is less than half.
+        replace(MOSAIC, max_temp_share=1 / 2),
+    ),
     CompileCase(
         "step-mosaic-hybrid", partial(step_program, "mosaic_gpu", 64, windows=(None, 128)), ("h200",), MOSAIC
     ),
