@@ -154,7 +154,7 @@ def paged_attention_of(form: str, deterministic: bool) -> Callable[..., jax.Arra
     def attend(
         q: jax.Array, kv_pool: KVPool, layer: int, batch: AttentionBatch, variant: AttentionVariant
     ) -> jax.Array:
-        # Batches of many query tokens a row come to the prefill form by themselves, in sizes that depend on the variant.
+        # Batches of many query tokens a row get the prefill form by themselves, in sizes that depend on the variant.
         config = None if form in ("auto", "prefill") else config_in_form(form, q, kv_pool, batch)
         return mosaic(q, kv_pool, layer, batch, variant, deterministic=deterministic, config=config)
 
