@@ -50,8 +50,8 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_GROUP = 64
 
-# The widest heads of a quantised pool for which the prefill kernel has registers.
-_PREFILL_OF_CODES = 128
+# The widest heads of a quantised pool, and under a variant's functions, for which the prefill kernel has registers.
+_PREFILL_OF_CODES, _PREFILL_OF_MODS = 128, 192
 
 # Barriers, and what the compiler reserves to reduce across warps.
 _SCRATCH = 4096
@@ -208,7 +208,10 @@ def _config(
         q.shape[0], num_rows, q.shape[1], num_kv_heads, head_dim, block_size, table_width * block_size
     )
     config = config_for(target, shape, kv_pool.k.dtype, deterministic=deterministic)
-    if config.form == "prefill" and kv_pool.format is not None and head_dim > _PREFILL_OF_CODES:
+    too_wide = (kv_pool.format is not None and head_dim > _PREFILL_OF_CODES) or (
+        bool(mods) and head_dim > _PREFILL_OF_MODS
+    )
+    if config.form == "prefill" and too_wide:
         return MosaicConfig("wgmma", 64, 2, 1, 64)
     if config.form == "prefill" and (kv_pool.format is not None or any(axes.key for axes in mods.axes)):
         return replace(config, tile_kv=64)  # numbers for 128 keys find no registers beside their scores

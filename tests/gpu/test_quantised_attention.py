@@ -47,7 +47,7 @@ def test_every_case_in_every_form(case: Case, name: str, dtype: str) -> None:
         case = replace(case, head_dim=128)
     if "wgmma" not in forms() and case.head_dim < 128:
         case = replace(case, block_size=max(case.block_size, 64))
-    names = [form for form in forms() if form != "prefill" or case.head_dim <= 192]
+    names = [form for form in forms() if form != "prefill" or case.head_dim <= 128]
     check(names, case, quantised_inputs(case, FORMATS[name], dtype))
 
 
