@@ -419,7 +419,7 @@ def test_records_are_bounded(engine: Engine, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_device_memory_is_what_the_device_says() -> None:
     def in_use(*devices: Any) -> int | None:
-        pool = SimpleNamespace(k=SimpleNamespace(devices=lambda: set(devices)))
+        pool = SimpleNamespace(arrays=(SimpleNamespace(devices=lambda: set(devices)),))
         runner: Any = SimpleNamespace(state=SimpleNamespace(pool=pool))
         return Runner.device_memory_in_use.fget(runner)  # type: ignore[attr-defined, no-any-return]
 

@@ -121,7 +121,8 @@ def test_only_blocks_that_a_query_sees_are_loaded(
     table = jnp.arange(1, 512 // block_size + 1, dtype=jnp.int32)[None, :]
     oldest = 0 if window is None else max(0, first - window + 1)
     begin, end = oldest // tile_kv, last // tile_kv + 1
-    item = Item(0, 0, 0, jnp.int32(first), jnp.int32(last), jnp.int32(begin), end - begin)
+    places = jnp.int32(first), jnp.int32(last), jnp.int32(begin)
+    item = Item(0, 0, 0, *places, end - begin, token=0, part=-1, last_key=last, key_tiles=None)
     loaded = set()
     for step in range(end - begin + 2):  # and what is looked up ahead of the last step
         loaded |= {int(block) - base for block in block_ids(shape, table, base, item, step)}

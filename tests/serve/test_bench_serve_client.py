@@ -156,7 +156,7 @@ def test_a_response_that_does_not_end_in_time() -> None:
         exchange, failure = ask(server.url, timeout=0.3)
     assert failure is not None
     assert failure.kind == "timeout"
-    assert exchange.ended - exchange.sent >= 0.3
+    assert exchange.ended - exchange.sent > 0.29  # a timer may be a tick of its clock early
 
 
 def test_connections_are_kept_for_the_next_request() -> None:
