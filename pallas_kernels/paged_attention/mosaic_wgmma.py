@@ -40,8 +40,8 @@ from jaxpaged.pallas_kernels.variant import MASKED
 _COMPUTE, _COPY = 0, 1
 # Registers of a thread: the least that "setmaxnreg" allows (PTX ISA), and what head_dim 256 takes without spilling.
 _COPY_REGISTERS, _COMPUTE_REGISTERS = 24, 240
-# Copies of scales have addresses of their own.
-_COPY_SCALES_REGISTERS = 56
+# Copies of scales, or of the tiles of a list, have addresses of their own.
+_COPY_MORE_REGISTERS = 56
 # Columns of words that are in registers at a time: what of each part is one swizzled line of 128 bytes.
 _WORDS = 64
 
@@ -67,7 +67,8 @@ class WGMMA:
 
         @pl.when(lax.axis_index("warpgroup") == _COPY)
         def _() -> None:
-            registers = _COPY_REGISTERS if shape.kind is None else _COPY_SCALES_REGISTERS
+            has_more = shape.kind is not None or shape.mods.mask_mod is not None  # scales, or lists of tiles
+            registers = _COPY_MORE_REGISTERS if has_more else _COPY_REGISTERS
             plgpu.set_max_registers(registers, action="decrease")
             for_items(lambda item: _copy(shape, refs, item))
 
