@@ -30,7 +30,7 @@ PROMPTS = [prompt_of(35, 0), prompt_of(5, 1), [*prompt_of(35, 0)[:32], *prompt_o
 
 def generate(attention: str) -> tuple[list[RequestOutput], int]:
     """The outputs, and how many blocks forks copied."""
-    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, logprobs=0)
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=0)
     with Engine(tiny_decoder(WIDE, "bfloat16"), attention=attention, **SIZES) as engine:
         outputs = engine.generate(PROMPTS, [params, params.clone(n=2), params])
         return outputs, engine.stats().blocks_copied

@@ -208,14 +208,17 @@ def each_value_once(shift: int, axes: dict[str, tuple[Any, ...]] = AXES) -> list
     ]
 
 
-# Every GPU sees every setting, and different combinations of them; Hopper, which the kernels are tuned for, more. That
-# every two settings meet is left to ``every_pair``, on request.
+# Hopper is what the kernels are tuned for: every two settings meet there in the portable form, and each is met in the
+# others. Of the other GPUs each sees every setting, and different combinations of them.
+_PAIRS = pairwise(AXES)
 _OTHERS = [target for target in ALL_TARGETS if target != "h200"]
 
 
 def _decode_cases() -> list[CompileCase]:
-    forms = [("mma", shift) for shift in (6, 7, 8)] + [("wgmma", shift) for shift in (0, 3)]
-    cases = [_decode(form, c, ("h200",)) for form, shift in forms for c in each_value_once(shift)]
+    cases = [_decode("mma", settings, ("h200",)) for settings in _PAIRS]
+    cases += [
+        _decode("wgmma", settings, ("h200",)) for shift in (0, 3) for settings in each_value_once(shift)
+    ]
     seen = {case.name: case for case in cases}
     for shift, target in enumerate(_OTHERS):
         for settings in each_value_once(shift):
@@ -238,10 +241,10 @@ _QUANTISED_SIZES: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def _quantised_cases() -> list[CompileCase]:
-    """Every format in the portable form, by both kinds of copies, and on Hopper all forms and other sizes."""
+    """Every format on every GPU in the portable form, and on Hopper all forms and other sizes."""
     cases = []
     for kind, sizes in _QUANTISED_SIZES.items():
-        cases.append(_special("mma", ("h200", "a100", "rtxpro6000"), "decode", kv=kind))
+        cases.append(_special("mma", ALL_TARGETS, "decode", kv=kind))
         cases += [_special(form, ("h200",), "mixed", kv=kind) for form in ("wgmma", "prefill")]
         cases += [_special("mma", ("h200",), "decode", kv=kind, **size) for size in sizes]
         cases.append(_special("wgmma", ("h200",), "mixed", kv=kind, head_dim=256))
@@ -281,12 +284,6 @@ CASES = (
         for variant in ("alibi", "documents")
     ),
 )
-
-
-def every_pair() -> list[CompileCase]:
-    """Every two settings, on Hopper, in the forms for few query tokens."""
-    cases = [_decode(form, settings, ("h200",)) for form in ("mma", "wgmma") for settings in pairwise(AXES)]
-    return [replace(case, name=f"pair-{case.name}") for case in cases]
 
 
 def every_combination() -> list[CompileCase]:

@@ -31,10 +31,8 @@ CASES = _by_name(
     *fused_cases.CASES,
 )
 
-# Compiled only where they are asked for: those with planted faults, every two settings, and every combination of them.
-ON_REQUEST = _by_name(
-    *planted_cases.FAULTY, *attention_cases.every_pair(), *attention_cases.every_combination()
-)
+# Compiled only where they are asked for: those with planted faults, and every combination of settings.
+ON_REQUEST = _by_name(*planted_cases.FAULTY, *attention_cases.every_combination())
 
 
 def find_case(name: str) -> CompileCase:

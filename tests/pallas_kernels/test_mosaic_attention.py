@@ -58,7 +58,8 @@ def test_sizes(case: Case, config: MosaicConfig, dtype: str) -> None:
     check(case, config, dtype)
 
 
-@pytest.mark.parametrize(("form", "num_sms"), [("mma", 1), ("mma", 3), ("mma", 8), ("wgmma", 3)])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num_sms", [1, 3, 8])
 def test_splits_of_long_rows_make_the_whole(form: str, num_sms: int) -> None:
     case = Case("split", ((900, 1), (5, 1), (300, 4)), variant=AttentionVariant(sinks=jnp.linspace(-1, 1, 4)))
     check(case, replace(FORMS[form], ctas_per_sm=4), target=GpuTarget((9, 0), num_sms, "interpreter"))
@@ -76,9 +77,7 @@ DOCUMENTS = np.repeat(np.arange(40), 7).astype(np.int32)
 BIAS = np.linspace(-2, 2, 4 * 300, dtype=np.float32).reshape(4, 300)
 
 
-@pytest.mark.parametrize(
-    "form", ["mma"]
-)  # what the forms share; prefill cuts tiles otherwise and has its own
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "variant",
     [
@@ -134,7 +133,7 @@ def test_only_blocks_that_a_query_sees_are_loaded(
 LONG = DETERMINISTIC_SPLIT + 300
 
 
-@pytest.mark.parametrize("form", ["mma"])  # which the rule takes for all of a model's batches
+@pytest.mark.parametrize("form", FORMS)
 def test_deterministic_means_the_same_bits_in_every_batch(form: str) -> None:
     """Alone and in company, a token at a time and several: and with splits as they come, not the same."""
     case = Case("company", ((LONG, 2), (200, 1), (0, 5)), num_heads=2, num_kv_heads=1, padding_rows=1)
